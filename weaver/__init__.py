@@ -1,0 +1,1 @@
+"""weaver: dense GLU language models into Mixture-of-Experts models, without training."""

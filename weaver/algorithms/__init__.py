@@ -1,0 +1,1 @@
+"""Mathematics that does not know about models, stages or files."""

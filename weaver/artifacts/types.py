@@ -1,0 +1,178 @@
+"""The tensors that stages exchange, one dataclass per kind, validated when built.
+
+Each type converts to and from a flat ``{name: tensor}`` mapping, which is what a safetensors file
+holds; ``artifacts.store`` does the writing. Shape legend: see ``weaver.algorithms.glu``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+RouterKind = Literal["linear", "glu"]
+ROUTER_KINDS: tuple[RouterKind, ...] = ("linear", "glu")
+
+
+class TensorRecord:
+    """A frozen dataclass of tensors that maps to and from a safetensors file."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields that are present, by field name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def scalars(self) -> dict[str, int | str]:
+        """The int and str fields, which go into the file's metadata."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, (int, str))}
+
+    @classmethod
+    def build(cls, tensors: dict[str, Tensor], scalars: dict[str, int | str]) -> Self:
+        """Inverse of ``tensors()`` and ``scalars()``."""
+        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = {k: v for k, v in {**scalars, **tensors}.items() if k in names}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class LayerProfile(TensorRecord):
+    """Statistics of one layer's FFN over the calibration tokens.
+
+    With ``g = act(gate)`` and ``h = g * up`` (see ``weaver.algorithms.glu``):
+
+    Args:
+        sample_gate_mean_MF: mean over the tokens of sample m of the signed gate activation g.
+        sample_gate_abs_mean_MF: the same of ``|g|``.
+        sample_tokens_M: tokens per sample, int64.
+        sample_groups_M: group (task or domain) of each sample, int64.
+        hidden_mean_F: ``E[h_j]`` over all tokens, float32.
+        hidden_variance_F: ``Var(h_j)`` over all tokens (population), float32.
+        marker_neurons_TA: per token the ids of the K_a most active neurons, int32.
+        ffn_inputs_ND: a sample of FFN inputs x, (tokens kept, D).
+        tokens: number of calibration tokens.
+    """
+
+    sample_gate_mean_MF: Tensor
+    sample_gate_abs_mean_MF: Tensor
+    sample_tokens_M: Tensor
+    sample_groups_M: Tensor
+    hidden_mean_F: Tensor
+    hidden_variance_F: Tensor
+    marker_neurons_TA: Tensor
+    ffn_inputs_ND: Tensor
+    tokens: int
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.hidden_mean_F.shape[0]
+
+    @property
+    def hidden_second_moment_F(self) -> Tensor:
+        """``E[h_j^2] = Var(h_j) + E[h_j]^2``, float32, (F,)."""
+        return self.hidden_variance_F + self.hidden_mean_F.square()
+
+    @property
+    def gate_abs_mean_F(self) -> Tensor:
+        """``E|g_j|`` over all tokens: the token-weighted mean of the per-sample means, (F,)."""
+        weight_M = self.sample_tokens_M.to(self.sample_gate_abs_mean_MF.dtype)
+        return (weight_M @ self.sample_gate_abs_mean_MF) / weight_M.sum()
+
+
+@dataclass(frozen=True)
+class ExpertLayout(TensorRecord):
+    """Which neurons are shared and which belong to which routed expert.
+
+    Args:
+        intermediate_size: F of the dense FFN the ids refer to.
+        top_k: K, routed experts active per token; 0 for a static layout.
+        shared_S: neuron ids of the shared expert, int64, (S,).
+        experts_EN: neuron ids per routed expert, int64, (E, N); (0, 0) for a static layout.
+        output_bias_D: constant added to the output, for what was dropped; or None.
+
+    Raises:
+        ValueError: an id is out of range or used twice, K lies outside 1..E, or nothing is left.
+    """
+
+    intermediate_size: int
+    top_k: int
+    shared_S: Tensor
+    experts_EN: Tensor
+    output_bias_D: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        neurons = self.permutation
+        if neurons.numel() == 0:
+            raise ValueError("layout holds no neuron")
+        if int(neurons.min()) < 0 or int(neurons.max()) >= self.intermediate_size:
+            raise ValueError(f"neuron id outside 0..{self.intermediate_size - 1}")
+        if neurons.unique().numel() != neurons.numel():
+            raise ValueError("a neuron is assigned twice")
+        low = 1 if self.num_routed_experts else 0
+        if not low <= self.top_k <= self.num_routed_experts:
+            raise ValueError(f"top_k={self.top_k} outside {low}..{self.num_routed_experts}")
+
+    @property
+    def num_shared_neurons(self) -> int:
+        return self.shared_S.numel()
+
+    @property
+    def num_routed_experts(self) -> int:
+        return self.experts_EN.shape[0]
+
+    @property
+    def expert_width(self) -> int:
+        return self.experts_EN.shape[1]
+
+    @property
+    def active_neurons(self) -> int:
+        """S + K * N, the neurons computed per token."""
+        return self.num_shared_neurons + self.top_k * self.expert_width
+
+    @property
+    def ffn_sparsity(self) -> float:
+        """1 - (S + K * N) / F."""
+        return 1.0 - self.active_neurons / self.intermediate_size
+
+    @property
+    def permutation(self) -> Tensor:
+        """Neuron ids in storage order: shared first, then expert by expert, (S + E * N,)."""
+        return torch.cat([self.shared_S, self.experts_EN.reshape(-1)])
+
+
+@dataclass(frozen=True)
+class Router(TensorRecord):
+    """The map from a token to its routed experts.
+
+    ``linear``: ``s = x weight^T``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``, one
+    representative neuron per expert (CMoE). Selection: top-K of ``softmax(s) + balance_bias``;
+    an expert's output is multiplied by ``1 + softmax(s) * scale``, which is exactly 1 until
+    fine-tuning moves ``scale``.
+
+    Args:
+        kind: "linear" or "glu".
+        weight_ED: router weight, or the representatives' gate columns, (E, D).
+        scale_E: output scale, zeros when built without training, (E,).
+        balance_bias_E: added for selection only, (E,).
+        up_weight_ED: the representatives' up columns, (E, D); only for "glu".
+
+    Raises:
+        ValueError: shapes do not agree, or the kind and ``up_weight_ED`` do not.
+    """
+
+    kind: RouterKind
+    weight_ED: Tensor
+    scale_E: Tensor
+    balance_bias_E: Tensor
+    up_weight_ED: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROUTER_KINDS:
+            raise ValueError(f"router kind {self.kind!r} is not one of {ROUTER_KINDS}")
+        if (self.kind == "glu") != (self.up_weight_ED is not None):
+            raise ValueError(f"router kind {self.kind!r} and up_weight_ED do not agree")
+        experts = self.weight_ED.shape[0]
+        if self.scale_E.shape != (experts,) or self.balance_bias_E.shape != (experts,):
+            raise ValueError("scale and balance bias need one value per expert")

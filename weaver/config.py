@@ -1,0 +1,191 @@
+"""The configuration of every stage, validated at the edge.
+
+One YAML file describes a whole conversion; each section is one stage. A section's resolved values
+are part of the stage's fingerprint, so everything that changes a result stands here and nothing
+else does (progress bars, thread counts and the like are not configuration).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from weaver.errors import WeaverError
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ModelConfig(Section):
+    """The dense model: a local folder, a .gguf file, or a hub name."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: DtypeName = "auto"
+
+
+class CalibrateConfig(Section):
+    """Which text is run through the model, and which statistics are kept."""
+
+    data: tuple[str, ...] = ("builtin:calibration",)
+    tokens: int = Field(32768, gt=0)
+    sequence_length: int = Field(512, gt=1)
+    activation_top_k: int = Field(10, gt=0)
+    input_sample_mb: float = Field(32.0, gt=0)
+
+
+class PartitionConfig(Section):
+    """How every FFN is split. ``None`` means the method's own default."""
+
+    method: str = "expertweaver"
+    sparsity: float = Field(0.25, gt=0, lt=1)
+    num_experts: int | None = Field(None, gt=0)
+    expert_width_multiple: int = Field(1, gt=0)
+    allocation: Literal["uniform", "adaptive"] = "uniform"
+    sequential: bool | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RouterConfig(Section):
+    """How the router is built. ``None`` means the one of the partition method's paper."""
+
+    kind: str | None = None
+
+
+class AssembleConfig(Section):
+    """How the converted model is written."""
+
+    dtype: DtypeName = "auto"
+    max_shard_size: str = "5GB"
+
+
+class FinetuneConfig(Section):
+    """A short fine-tuning of the converted model."""
+
+    data: tuple[str, ...] = ("builtin:calibration",)
+    trainable: Literal["all", "router"] = "all"
+    steps: int = Field(50, gt=0)
+    batch_size: int = Field(4, gt=0)
+    sequence_length: int = Field(256, gt=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    router_scale_learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(5, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    balance_update: float = Field(1e-3, ge=0)
+    checkpoint_every: int = Field(10, gt=0)
+
+
+class EvalConfig(Section):
+    """What is measured on the converted model, next to the dense one."""
+
+    data: tuple[str, ...] = ("builtin:held-out",)
+    sequence_length: int = Field(2048, gt=1)
+    windows: int | None = Field(14, gt=0)
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = Field(500, gt=0)
+    dtype: DtypeName = "auto"
+
+
+class BenchConfig(Section):
+    """Which speeds are measured."""
+
+    tokens: tuple[int, ...] = (1, 128, 512)
+    decode_tokens: int = Field(32, ge=0)
+    repeats: int = Field(10, gt=0)
+    warmup: int = Field(2, ge=0)
+    dtype: DtypeName = "auto"
+    threads: int | None = Field(None, gt=0)
+
+
+class RunConfig(Section):
+    """A whole conversion. ``finetune`` is left out unless the section is present."""
+
+    model: ModelConfig
+    seed: int = 0
+    calibrate: CalibrateConfig = CalibrateConfig()
+    partition: PartitionConfig = PartitionConfig()
+    router: RouterConfig = RouterConfig()
+    assemble: AssembleConfig = AssembleConfig()
+    finetune: FinetuneConfig | None = None
+    eval: EvalConfig = EvalConfig()
+    bench: BenchConfig = BenchConfig()
+
+
+def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        WeaverError: the file is missing or not YAML, an override has no ``=``, or a value is not
+            what the section allows.
+    """
+    if not path.is_file():
+        raise WeaverError(
+            f"{path}: no such config file",
+            why="a run is described by one YAML file",
+            fix="weaver run configs/demo.yaml --run-dir runs/demo",
+        )
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise WeaverError(f"{path}: not valid YAML", why=str(error), fix="mend the file") from error
+    if not isinstance(raw, dict):
+        raise WeaverError(
+            f"{path}: holds a {type(raw).__name__}, not sections",
+            why="the top level is a mapping with the keys model, calibrate, partition, ...",
+            fix="start from configs/demo.yaml",
+        )
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"path": raw["model"]}
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(RunConfig, raw, source=str(path))
+
+
+def parse_config(section: type[S], values: dict[str, Any], *, source: str) -> S:
+    """Validate a mapping as a config section.
+
+    Raises:
+        WeaverError: naming every value that does not fit.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or section.__name__}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise WeaverError(
+            f"{source}: {problems}",
+            why=f"known keys are {', '.join(section.model_fields)}",
+            fix="change or remove the named keys",
+        ) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, value = override.partition("=")
+    if not separator:
+        raise WeaverError(
+            f"override {override!r} has no '='",
+            why="an override is section.key=value",
+            fix="--set partition.sparsity=0.5",
+        )
+    *sections, key = dotted.split(".")
+    target = raw
+    for name in sections:
+        child = target.get(name)
+        if not isinstance(child, dict):
+            child = target[name] = {}
+        target = child
+    target[key] = yaml.safe_load(value)

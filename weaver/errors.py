@@ -1,0 +1,22 @@
+"""The one exception that users see: what is wrong, why it is wrong, how to go on."""
+
+from __future__ import annotations
+
+
+class WeaverError(Exception):
+    """An error with the three lines a user needs: what, why and fix.
+
+    Args:
+        what: the object and the measured values, lower case, one sentence without a full stop.
+        why: the rule or the cause.
+        fix: a command that runs, or the one thing to change.
+    """
+
+    def __init__(self, what: str, *, why: str, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"

@@ -1,0 +1,1 @@
+"""Conversion methods: pure functions of one layer's tensors."""

@@ -1,0 +1,87 @@
+"""What a conversion method gets and gives: the types of one layer's problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+
+
+class MethodOptions(BaseModel):
+    """Options of one method; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+OptionsT = TypeVar("OptionsT", bound=MethodOptions)
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One layer to be split: its weights, its statistics, and how much may stay active.
+
+    Args:
+        layer: index of the decoder layer.
+        weights: float32 weights of the dense FFN.
+        profile: statistics of the calibration tokens at this layer.
+        active_neurons: S + K * N that the layout must reach, a multiple of ``expert_width`` plus
+            the neurons left over when F is not a multiple of it.
+        num_experts: Ne, slices of the FFN, shared ones counted in; 0 for static methods.
+        expert_width: N, neurons per slice; 0 for static methods.
+    """
+
+    layer: int
+    weights: GluWeights
+    profile: LayerProfile
+    active_neurons: int
+    num_experts: int
+    expert_width: int
+
+    @property
+    def leftover_neurons(self) -> int:
+        """F - Ne * N: neurons no slice holds; they join the shared expert."""
+        return self.weights.intermediate_size - self.num_experts * self.expert_width
+
+    @property
+    def active_experts(self) -> int:
+        """Slices active per token, shared ones counted in: (A - leftover) / N."""
+        return (self.active_neurons - self.leftover_neurons) // self.expert_width
+
+
+PartitionFunction = Callable[[LayerProblem, OptionsT, torch.Generator], ExpertLayout]
+RouterFunction = Callable[[GluWeights, LayerProfile, ExpertLayout, torch.Generator], Router]
+
+
+@dataclass(frozen=True)
+class MethodSpec(Generic[OptionsT]):
+    """One row of the method table.
+
+    Args:
+        name: what ``--method`` takes.
+        summary: one line for help and README.
+        source: arXiv id or where the method comes from.
+        partition: the pure function.
+        options: the type of its options, whose defaults are the paper's.
+        num_experts: default Ne; None for a static method, which has no routed experts.
+        router: default router; None for a static method.
+        sequential: whether the paper carves a layer on the output of the converted ones before it.
+    """
+
+    name: str
+    summary: str
+    source: str
+    partition: PartitionFunction[OptionsT]
+    options: type[OptionsT]
+    num_experts: int | None
+    router: str | None
+    sequential: bool
+
+    @property
+    def is_static(self) -> bool:
+        return self.num_experts is None
