@@ -7,6 +7,7 @@ else does (progress bars, thread counts and the like are not configuration).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -47,7 +48,11 @@ class CalibrateConfig(Section):
 
 
 class PartitionConfig(Section):
-    """How every FFN is split. ``None`` means the method's own default."""
+    """How every FFN is split. ``None`` means the method's own default.
+
+    ``propagate_router`` is the router of the layers in front, when layers are split sequentially;
+    ``weaver run`` sets it to the router that the run will use.
+    """
 
     method: str = "expertweaver"
     sparsity: float = Field(0.25, gt=0, lt=1)
@@ -55,6 +60,7 @@ class PartitionConfig(Section):
     expert_width_multiple: int = Field(1, gt=0)
     allocation: Literal["uniform", "adaptive"] = "uniform"
     sequential: bool | None = None
+    propagate_router: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -123,23 +129,62 @@ class RunConfig(Section):
     bench: BenchConfig = BenchConfig()
 
 
-def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
 
     Raises:
         WeaverError: the file is missing or not YAML, an override has no ``=``, or a value is not
             what the section allows.
     """
-    if not path.is_file():
-        raise WeaverError(
-            f"{path}: no such config file",
-            why="a run is described by one YAML file",
-            fix="weaver run configs/demo.yaml --run-dir runs/demo",
-        )
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise WeaverError(f"{path}: not valid YAML", why=str(error), fix="mend the file") from error
+    return parse_config(RunConfig, _read_yaml(path, overrides), source=str(path))
+
+
+def load_section(
+    section: type[S],
+    name: str,
+    path: Path | None,
+    overrides: Sequence[str],
+    flags: dict[str, Any],
+) -> S:
+    """One section of a configuration: defaults, then the file, then overrides, then flags.
+
+    Args:
+        section: its type.
+        name: its key in the file.
+        path: a YAML file, or None.
+        overrides: ``section.key=value`` texts; those of other sections are not looked at.
+        flags: values of command-line flags; None means not given.
+
+    Raises:
+        WeaverError: as ``load_run_config``.
+    """
+    raw = _read_yaml(path, overrides).get(name) or {}
+    given = {key: value for key, value in flags.items() if value is not None}
+    return parse_config(section, {**raw, **given}, source=str(path or f"{name} flags"))
+
+
+def load_seed(path: Path | None, flag: int | None) -> int:
+    """The seed: the flag, else the file's, else 0."""
+    if flag is not None:
+        return flag
+    return int(_read_yaml(path, ()).get("seed", 0))
+
+
+def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    raw: Any = {}
+    if path is not None:
+        if not path.is_file():
+            raise WeaverError(
+                f"{path}: no such config file",
+                why="a run is described by one YAML file",
+                fix="weaver run configs/demo.yaml --run-dir runs/demo",
+            )
+        try:
+            raw = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise WeaverError(
+                f"{path}: not valid YAML", why=str(error), fix=f"mend {path}"
+            ) from error
     if not isinstance(raw, dict):
         raise WeaverError(
             f"{path}: holds a {type(raw).__name__}, not sections",
@@ -150,7 +195,7 @@ def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raw["model"] = {"path": raw["model"]}
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(RunConfig, raw, source=str(path))
+    return raw
 
 
 def parse_config(section: type[S], values: dict[str, Any], *, source: str) -> S:

@@ -1,0 +1,159 @@
+"""results.json: what it holds, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from weaver.artifacts.results import (
+    BenchHeader,
+    BenchResult,
+    BenchRow,
+    EvalResult,
+    LayerUsage,
+    ModelQuality,
+    TaskResult,
+    WindowValues,
+)
+
+
+def eval_result(**changes: Any) -> EvalResult:
+    values: dict[str, Any] = {
+        "dense": ModelQuality(perplexity=20.0, ffn_flops_per_token=1000),
+        "moe": ModelQuality(
+            perplexity=25.0,
+            ffn_flops_per_token=760,
+            tasks={
+                "arc": TaskResult(
+                    name="arc",
+                    kind="multiple-choice",
+                    items=2,
+                    metrics={"acc": 0.5},
+                    correct={"acc": (0, 1)},
+                )
+            },
+        ),
+        "kl": 0.2,
+        "top1_agreement": 0.8,
+        "tokens": 2047,
+        "sequence_length": 2048,
+        "ffn_sparsity": 0.25,
+        "dense_parameters": 100,
+        "total_parameters": 101,
+        "active_parameters": 80,
+        "windows": WindowValues(dense_nll=(3.0,), moe_nll=(3.2,), kl=(0.2,), top1_agreement=(0.8,)),
+        "expert_usage": (
+            LayerUsage(
+                layer=0,
+                module="model.layers.0.mlp",
+                tokens=4,
+                token_share=(0.5, 0.5),
+                coefficient_of_variation=0.0,
+                dead_share=0.0,
+                entropy=0.693,
+            ),
+        ),
+        "config": {"sequence_length": 2048, "tasks": ["arc"]},
+        "versions": {"torch": "2.13"},
+        "digests": {"model": "abc"},
+    }
+    return EvalResult(**(values | changes))
+
+
+def bench_row(**changes: Any) -> BenchRow:
+    values: dict[str, Any] = {
+        "tokens": 128,
+        "phase": "prefill",
+        "dense_ms": 10.0,
+        "dense_p10_ms": 9.0,
+        "dense_p90_ms": 12.0,
+        "moe_ms": 8.0,
+        "moe_p10_ms": 8.0,
+        "moe_p90_ms": 9.0,
+        "speedup": 1.25,
+        "bound": 1.33,
+        "bound_share": 0.94,
+        "dense_tokens_per_second": 12800.0,
+        "moe_tokens_per_second": 16000.0,
+    }
+    return BenchRow(**(values | changes))
+
+
+def test_the_keys_that_scripts_rely_on() -> None:
+    data = json.loads(eval_result().model_dump_json())
+    assert data["dense"]["perplexity"] == 20.0
+    assert data["moe"]["perplexity"] == 25.0
+    assert {"kl", "top1_agreement", "ffn_sparsity", "active_parameters"} <= data.keys()
+    assert {"total_parameters", "tokens"} <= data.keys()
+    assert data["moe"]["tasks"]["arc"]["correct"]["acc"] == [0, 1]
+
+
+def test_an_evaluation_survives_json() -> None:
+    result = eval_result()
+    assert EvalResult.model_validate_json(result.model_dump_json()) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kl": float("nan")}, "finite number"),
+        ({"top1_agreement": 1.5}, "less than or equal to 1"),
+        ({"ffn_sparsity": 1.0}, "less than 1"),
+        ({"tokens": 0}, "greater than 0"),
+        ({"accuracy": 1.0}, "Extra inputs are not permitted"),
+    ],
+)
+def test_impossible_values_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        eval_result(**change)
+
+
+def test_results_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        eval_result().kl = 0.0  # type: ignore[misc]
+
+
+def test_windows_have_one_value_each() -> None:
+    with pytest.raises(ValidationError, match="window lists differ in length"):
+        WindowValues(dense_nll=(1.0, 2.0), moe_nll=(1.0,), kl=(0.0,), top1_agreement=(1.0,))
+
+
+def test_hits_are_one_per_item() -> None:
+    with pytest.raises(ValidationError, match="acc has 1 values, not 2"):
+        TaskResult(name="t", kind="schema", items=2, metrics={"acc": 1.0}, correct={"acc": (1,)})
+
+
+def test_bench_rows_are_a_flat_list_and_back() -> None:
+    header = BenchHeader(device="cpu", threads=2, dtype="bfloat16", versions={"torch": "2.13"})
+    result = BenchResult(header=header, rows=(bench_row(), bench_row(tokens=1, phase="decode")))
+    rows = json.loads(json.dumps(result.flat_rows()))
+    assert [row["tokens"] for row in rows] == [128, 1]
+    assert rows[0]["speedup"] == 1.25
+    assert rows[1]["device"] == "cpu"
+    assert BenchResult.from_flat_rows(rows) == result
+
+
+def test_bench_rows_of_two_machines_do_not_mix() -> None:
+    header = BenchHeader(device="cpu", threads=2, dtype="bfloat16")
+    rows = BenchResult(header=header, rows=(bench_row(), bench_row())).flat_rows()
+    rows[1]["device"] = "cuda"
+    with pytest.raises(ValueError, match="one common header"):
+        BenchResult.from_flat_rows(rows)
+    with pytest.raises(ValueError, match="one common header"):
+        BenchResult.from_flat_rows([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe_p10_ms": 8.5}, "moe times are not ordered: 8.5, 8.0, 9.0"),
+        ({"dense_p90_ms": 9.5}, "dense times are not ordered"),
+        ({"moe_ms": 0.0, "moe_p10_ms": 0.0}, "greater than 0"),
+    ],
+)
+def test_impossible_times_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        bench_row(**change)

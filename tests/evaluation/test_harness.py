@@ -1,0 +1,122 @@
+"""The harness adapter, against a stand-in with lm-eval's interface."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from weaver.errors import WeaverError
+from weaver.evaluation.harness import read_harness_output, run_harness, split_tasks
+
+BuildModel = Callable[..., PreTrainedModel]
+
+OUTPUT: dict[str, Any] = {
+    "results": {
+        "arc_easy": {
+            "alias": "arc_easy",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.05,
+            "acc_norm,none": 0.25,
+            "acc_norm_stderr,none": "N/A",
+            "sample_len": 100,
+        },
+        "gsm8k": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2},
+        "both": {"acc,none": 0.4, "alias": "both"},
+    },
+    "n-samples": {
+        "arc_easy": {"original": 2376, "effective": 100},
+        "gsm8k": {"original": 1319, "effective": 50},
+    },
+    "group_subtasks": {"both": ["arc_easy", "gsm8k"], "arc_easy": []},
+}
+
+
+class Harness:
+    """Records the calls that lm-eval would get."""
+
+    def __init__(self) -> None:
+        self.adapter: dict[str, Any] = {}
+        self.call: dict[str, Any] = {}
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        harness = self
+
+        class HFLM:
+            def __init__(self, **kwargs: Any) -> None:
+                harness.adapter = kwargs
+
+        class TaskManager:
+            def match_tasks(self, names: list[str]) -> list[str]:
+                return [name for name in names if name in OUTPUT["results"]]
+
+        def simple_evaluate(**kwargs: Any) -> dict[str, Any]:
+            harness.call = kwargs
+            return OUTPUT
+
+        members: dict[str, dict[str, Any]] = {
+            "lm_eval": {"simple_evaluate": simple_evaluate},
+            "lm_eval.models": {},
+            "lm_eval.models.huggingface": {"HFLM": HFLM},
+            "lm_eval.tasks": {"TaskManager": TaskManager},
+        }
+        for name, values in members.items():
+            module = ModuleType(name)
+            vars(module).update(values)
+            monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_names_are_split_by_their_prefix() -> None:
+    names = ("mc/piqa.jsonl", "harness:arc_easy", "harness:gsm8k")
+    assert split_tasks(names) == (("mc/piqa.jsonl",), ("arc_easy", "gsm8k"))
+
+
+def test_without_the_extra_the_error_says_what_to_install(
+    build_llama: BuildModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(
+        WeaverError, match=r"harness tasks arc_easy: .* cannot be imported"
+    ) as error:
+        run_harness(build_llama(), tokenizer, ["arc_easy"])
+    assert error.value.fix == "pip install 'weaver-moe[eval]'"
+
+
+def test_model_tokenizer_tasks_and_limit_are_passed_on(
+    build_llama: BuildModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness()
+    harness.install(monkeypatch)
+    model = build_llama()
+    results = run_harness(model, tokenizer, ("arc_easy", "gsm8k"), limit=100)
+    assert harness.adapter["pretrained"] is model
+    assert harness.adapter["tokenizer"] is tokenizer
+    assert harness.adapter["backend"] == "causal"
+    assert harness.call["tasks"] == ["arc_easy", "gsm8k"]
+    assert harness.call["limit"] == 100
+    assert results["harness:arc_easy"].metrics["acc"] == 0.5
+
+
+def test_unknown_tasks_are_named(
+    build_llama: BuildModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Harness().install(monkeypatch)
+    with pytest.raises(WeaverError, match="harness tasks arc_hard: not known"):
+        run_harness(build_llama(), tokenizer, ["arc_easy", "arc_hard"])
+
+
+def test_the_results_format_is_read() -> None:
+    results = read_harness_output(OUTPUT)
+    assert list(results) == ["harness:arc_easy", "harness:gsm8k", "harness:both"]
+    arc = results["harness:arc_easy"]
+    assert arc.metrics == {"acc": 0.5, "acc_stderr": 0.05, "acc_norm": 0.25}
+    assert (arc.kind, arc.items) == ("harness", 100)
+    assert results["harness:gsm8k"].metrics == {
+        "exact_match,strict-match": 0.1,
+        "exact_match,flexible-extract": 0.2,
+    }
+    assert results["harness:both"].items == 150

@@ -1,0 +1,97 @@
+"""Training-free routers by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.types import ExpertLayout
+from weaver.methods.routers import ROUTERS, representative_neurons
+
+Maker = Callable[..., Any]
+
+LAYOUT = ExpertLayout(
+    intermediate_size=5,
+    top_k=1,
+    shared_S=torch.tensor([4]),
+    experts_EN=torch.tensor([[0, 2], [1, 3]]),
+)
+GATE_FD = torch.tensor([[1.0, 0.0], [0.0, 4.0], [3.0, 2.0], [6.0, 8.0], [9.0, 9.0]])
+WEIGHTS = GluWeights(GATE_FD, GATE_FD.flip(1), GATE_FD, "silu", gate_bias_F=torch.ones(5))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_mean_gate_by_hand(make_profile: Maker) -> None:
+    router = ROUTERS["mean-gate"].build(WEIGHTS, make_profile(5), LAYOUT, seeded())
+    assert router.kind == "linear"
+    assert router.weight_ED.tolist() == [[2.0, 1.0], [3.0, 6.0]]
+    assert router.scale_E.tolist() == [0.0, 0.0]
+    assert router.balance_bias_E.tolist() == [0.0, 0.0]
+
+
+def test_representatives_by_hand(make_profile: Maker) -> None:
+    # Expert (0, 1, 2): 0 marks tokens 0 and 1, 1 marks 0, 1 and 2, 2 marks token 2. The mean column
+    # is (2/3, 2/3, 2/3): distances 4/3, 1, 5/3. Expert (3, 4, 5): 4 and 5 mark token 3, 3 nothing;
+    # the mean is 2/3 there: 3 is 2/3 away, 4 and 5 are 1/3 away and the lower id wins.
+    markers_TA = torch.tensor([[0, 1], [0, 1], [1, 2], [4, 5]], dtype=torch.int32)
+    layout = replace(
+        LAYOUT,
+        intermediate_size=7,
+        shared_S=torch.tensor([6]),
+        experts_EN=torch.tensor([[0, 1, 2], [3, 4, 5]]),
+    )
+    profile = make_profile(7, marker_neurons_TA=markers_TA)
+    assert representative_neurons(profile, layout).tolist() == [1, 4]
+
+
+def test_representative_router_has_normalised_rows(make_profile: Maker) -> None:
+    # Both members of an expert are equally near to their mean: 0 and 1 represent, then 3 does.
+    profile = make_profile(5, marker_neurons_TA=torch.tensor([[0, 1]], dtype=torch.int32))
+    router = ROUTERS["representative"].build(WEIGHTS, profile, LAYOUT, seeded())
+    assert router.kind == "glu"
+    torch.testing.assert_close(router.weight_ED, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    swapped = replace(LAYOUT, experts_EN=torch.tensor([[0, 2], [3, 1]]))
+    router = ROUTERS["representative"].build(WEIGHTS, profile, swapped, seeded())
+    assert router.up_weight_ED is not None
+    torch.testing.assert_close(router.weight_ED[1], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(router.up_weight_ED[1], torch.tensor([0.8, 0.6]))
+
+
+def test_random_router_has_the_stated_spread(make_profile: Maker) -> None:
+    weights = GluWeights(torch.ones(5, 4096), torch.ones(5, 4096), torch.ones(5, 4096), "silu")
+    router = ROUTERS["random"].build(weights, make_profile(5), LAYOUT, seeded())
+    assert router.weight_ED.shape == (2, 4096)
+    assert float(router.weight_ED.std()) == pytest.approx(1 / 64, rel=0.05)
+    again = ROUTERS["random"].build(weights, make_profile(5), LAYOUT, seeded())
+    assert torch.equal(router.weight_ED, again.weight_ED)
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
+def test_kind_is_the_stated_one_and_static_layouts_are_refused(
+    make_profile: Maker, name: str
+) -> None:
+    spec = ROUTERS[name]
+    assert spec.build(WEIGHTS, make_profile(5), LAYOUT, seeded()).kind == spec.kind
+    static = replace(LAYOUT, top_k=0, experts_EN=torch.empty(0, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="no routed experts"):
+        spec.build(WEIGHTS, make_profile(5), static, seeded())
+
+
+def test_permuting_the_neurons_leaves_the_mean_gate(random_problem: Maker) -> None:
+    problem, _ = random_problem(0, neurons=12, active_neurons=6)
+    experts_EN = torch.randperm(12, generator=seeded()).view(3, 4)
+    layout = ExpertLayout(12, 1, torch.empty(0, dtype=torch.int64), experts_EN)
+    build = ROUTERS["mean-gate"].build
+    router = build(problem.weights, problem.profile, layout, seeded())
+    order_F = torch.randperm(12, generator=seeded())
+    moved = replace(layout, experts_EN=torch.argsort(order_F)[experts_EN])
+    permuted = build(problem.weights.select(order_F), problem.profile, moved, seeded())
+    torch.testing.assert_close(permuted.weight_ED, router.weight_ED)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from weaver.errors import WeaverError
+from weaver.models import gguf as gguf_input
+from weaver.models.gguf import SOURCE_FILE, dequantise, is_dequantised
+
+HEADS = 4
+KEY_VALUE_HEADS = 2
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+    )
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
+
+
+def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The row order of GGUF: the two halves that rotate together become neighbours."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_tensors(writer: gguf.GGUFWriter, model: LlamaForCausalLM) -> None:
+    """Write the weights, and put into ``model`` the values that their Q8_0 blocks stand for."""
+
+    def add(name: str, parameter: Tensor, heads: int | None = None) -> None:
+        if parameter.dim() == 1:
+            writer.add_tensor(name, parameter.detach().numpy())
+            return
+        blocks = gguf.quants.quantize(parameter.detach().numpy(), GGMLQuantizationType.Q8_0)
+        values = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
+        parameter.data.copy_(torch.from_numpy(values))
+        stored = blocks if heads is None else interleave_rotary(blocks, heads)
+        writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType.Q8_0)
+
+    add("token_embd.weight", model.model.embed_tokens.weight)
+    add("output_norm.weight", model.model.norm.weight)
+    if not model.config.tie_word_embeddings:
+        add("output.weight", model.lm_head.weight)
+    heads = {"attn_q": HEADS, "attn_k": KEY_VALUE_HEADS}
+    for index, layer in enumerate(model.model.layers):
+        for module, name in NAMES.items():
+            weight = layer.get_parameter(f"{module}.weight")
+            add(f"blk.{index}.{name}.weight", weight, heads.get(name))
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_VALUE_HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    tokens = tokenizer.convert_ids_to_tokens(list(range(259)))
+    # The format has no empty array, so there is one merge and its product.
+    writer.add_token_list([*tokens, "qz"])
+    writer.add_token_types([1] * 256 + [3] * 3 + [1])
+    writer.add_token_merges(["q z"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(258)
+    write_tensors(writer, model)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_the_quantised_weights(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, tied: bool
+) -> None:
+    model = tiny_llama(tied=tied)
+    path = write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer)
+    folder = dequantise(path, tmp_path / "out" / "tiny", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert loaded.generation_config.eos_token_id == 257
+
+
+def test_the_folder_is_an_ordinary_model(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
+    folder = dequantise(path, tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("hqzé")["input_ids"] == [0x68, 259, 0xC3, 0xA9]
+    assert tokenizer.eos_token_id == 257
+    assert is_dequantised(folder)
+    assert not is_dequantised(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny", "tiny.gguf"]
+
+
+def test_a_complete_folder_is_kept_and_another_is_refused(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
+    folder = dequantise(path, tmp_path / "tiny")
+    monkeypatch.setattr(gguf_input, "_load", lambda *_: pytest.fail("loaded again"))
+    assert dequantise(path, folder) == folder
+    with pytest.raises(WeaverError, match=r"was made from .*bfloat16.*, not from .*float32"):
+        dequantise(path, folder, dtype=torch.float32)
+    (folder / SOURCE_FILE).unlink()
+    with pytest.raises(WeaverError, match="holds no dequantised model"):
+        dequantise(path, folder)
+
+
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_disk(_self: object, folder: Path, **_options: object) -> None:
+        assert any(folder.iterdir())  # The weights are there already, under the temporary name.
+        raise OSError(28, os.strerror(28))
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fill_disk)
+    with pytest.raises(WeaverError, match="cannot be written") as caught:
+        dequantise(path, tmp_path / "tiny")
+    assert "No space left" in caught.value.why
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\x03\x04 a zip file")
+    with pytest.raises(WeaverError, match=r"not a GGUF file, it starts with b'PK"):
+        dequantise(path, tmp_path / "out")
+    with pytest.raises(WeaverError, match="no such file"):
+        dequantise(tmp_path / "missing.gguf", tmp_path / "out")
+
+
+def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(path, "abacus")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(WeaverError, match=r"odd\.gguf: transformers .* cannot load it") as caught:
+        dequantise(path, tmp_path / "out")
+    assert "abacus" in caught.value.why
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(WeaverError, match=r"tiny\.gguf: transformers .* cannot load it"):
+        dequantise(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

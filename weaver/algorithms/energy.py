@@ -1,0 +1,37 @@
+"""Scores and compensation of dropped neurons, from first and second moments of h."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def centred_energy(hidden_variance_F: Tensor, down_FD: Tensor) -> Tensor:
+    """What dropping a neuron costs once its mean is compensated: FLAP's fluctuation score.
+
+    ``score_j = Var(h_j) * ||Wd_j||^2``, the mean squared output error of replacing ``h_j`` by its
+    mean.
+
+    Args:
+        hidden_variance_F: variance of the neuron activations, (F,).
+        down_FD: down projection, row j of neuron j, (F, D).
+    Returns:
+        Scores, float32, (F,).
+    Source: FLAP, arXiv:2312.11983, metric WIFV (weighted input feature variance).
+    """
+    return hidden_variance_F.float() * down_FD.float().square().sum(1)
+
+
+def mean_output(hidden_mean_F: Tensor, down_FD: Tensor, neurons_n: Tensor) -> Tensor:
+    """Mean output of some neurons, which replaces them when they are dropped.
+
+    ``bias = sum_{j in neurons} E[h_j] Wd_j``
+
+    Args:
+        hidden_mean_F: mean of the neuron activations, (F,).
+        down_FD: down projection, (F, D).
+        neurons_n: ids of the dropped neurons, (n,).
+    Returns:
+        The bias, float32, (D,).
+    Source: FLAP, arXiv:2312.11983, baseline bias compensation.
+    """
+    return hidden_mean_F[neurons_n].float() @ down_FD[neurons_n].float()

@@ -1,0 +1,213 @@
+"""Streaming statistics of one layer's FFN over the calibration tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from weaver.algorithms.glu import GluWeights, gate_activation, glu_hidden
+from weaver.artifacts.types import LayerProfile
+
+_CHUNK_TOKENS = 1024
+
+
+def activation_rates(topk_neurons_TK: Tensor, intermediate_size: int) -> Tensor:
+    """Fraction of tokens for which each neuron is among the K_a most active.
+
+    mu_f = (1/T) * sum_t [f in top-K_a(|h_t|)]
+
+    Args:
+        topk_neurons_TK: neuron ids per token, int, (T, K_a), no id twice for one token.
+        intermediate_size: F, the number of neurons of the dense FFN.
+    Returns:
+        Rates in [0, 1], float32, (F,); they sum to K_a.
+    Raises:
+        ValueError: T is 0, or an id lies outside [0, F).
+    Source: CMoE, arXiv:2502.04416, section 4.1.
+    """
+    tokens = topk_neurons_TK.shape[0]
+    if tokens == 0:
+        raise ValueError("activation rates need at least one token")
+    ids = topk_neurons_TK.reshape(-1).long()
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= intermediate_size):
+        raise ValueError(f"neuron id outside 0..{intermediate_size - 1}")
+    counts_F = torch.bincount(ids, minlength=intermediate_size)
+    return (counts_F.double() / tokens).float()
+
+
+def normalised(weights: GluWeights) -> GluWeights:
+    """The FFN with L2-normalised gate and up rows, in float32; ``down_FD`` stays.
+
+    Biases of the gate and up projections are left out: CMoE's formula has none, and beside
+    normalised rows and inputs their size would mean nothing.
+    """
+    return replace(
+        weights,
+        gate_FD=functional.normalize(weights.gate_FD.float(), dim=1),
+        up_FD=functional.normalize(weights.up_FD.float(), dim=1),
+        gate_bias_F=None,
+        up_bias_F=None,
+    )
+
+
+def marker_neurons(x_TD: Tensor, weights: GluWeights, top_k: int) -> Tensor:
+    """The neurons that mark each token: the K_a with the largest normalised activation.
+
+    ``top-K_a over j of |act(x^ . wg^_j) * (x^ . wu^_j)|``, where ``v^ = v / ||v||_2``
+
+    Args:
+        x_TD: FFN inputs, (T, D).
+        weights: the FFN after ``normalised``.
+        top_k: K_a.
+    Returns:
+        Neuron ids, most active first, int32, (T, K_a).
+    Raises:
+        ValueError: K_a lies outside 1..F.
+    Source: CMoE, arXiv:2502.04416, section 4.1. The input is normalised here too, so that the
+        length of a token's hidden state does not move it along the activation's curve.
+    """
+    if not 1 <= top_k <= weights.intermediate_size:
+        raise ValueError(f"activation_top_k={top_k} outside 1..{weights.intermediate_size}")
+    unit_TD = functional.normalize(x_TD.to(weights.gate_FD.dtype), dim=1)
+    return glu_hidden(unit_TD, weights).abs().topk(top_k, dim=1).indices.int()
+
+
+def input_rows(limit_mb: float, hidden_size: int, dtype: torch.dtype) -> int:
+    """How many FFN inputs fit into ``limit_mb`` megabytes (10^6 bytes); at least 1."""
+    return max(1, int(limit_mb * 1e6 / (hidden_size * dtype.itemsize)))
+
+
+def sample_positions(tokens: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Token positions of a sample spread over the whole stream, ascending, int64, (<= rows,).
+
+    The stream is cut into ``rows`` equal stretches and one position is drawn in each: a fixed
+    stride could meet the sequence length and sample one place of every sequence.
+
+    Args:
+        tokens: T, length of the stream.
+        rows: positions wanted; all T when there are no more.
+        generator: source of the draws, on the CPU.
+    """
+    if rows >= tokens:
+        return torch.arange(tokens)
+    edges = torch.arange(rows + 1) * tokens // rows
+    offset = torch.rand(rows, generator=generator, dtype=torch.float64)
+    return edges[:-1] + (offset * edges.diff()).long()
+
+
+class LayerStatistics:
+    """Collects a ``LayerProfile`` from batches of FFN inputs.
+
+    Sums and moments are kept in float64; the variance is merged batch by batch from centred sums
+    (Chan, Golub and LeVeque), so that a mean much larger than the spread cancels nothing. How the
+    tokens are cut into batches changes the result by float rounding only.
+
+    Args:
+        weights: the dense FFN whose neurons are watched; one layer at a time is in memory.
+        num_samples: M, calibration samples that will be seen.
+        activation_top_k: K_a, markers per token.
+        input_positions_N: positions in the token stream whose FFN inputs are kept, ascending
+            (see ``sample_positions``).
+    """
+
+    def __init__(
+        self,
+        weights: GluWeights,
+        num_samples: int,
+        activation_top_k: int,
+        input_positions_N: Tensor,
+    ) -> None:
+        neurons = weights.intermediate_size
+        self._weights = weights
+        self._marker_weights = normalised(weights)
+        self._top_k = activation_top_k
+        self._positions_N = input_positions_N
+        self._gate_sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64)
+        self._gate_abs_sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64)
+        self._tokens_M = torch.zeros(num_samples, dtype=torch.int64)
+        self._mean_F = torch.zeros(neurons, dtype=torch.float64)
+        self._square_F = torch.zeros(neurons, dtype=torch.float64)
+        self._markers: list[Tensor] = []
+        self._inputs: list[Tensor] = []
+        self._tokens = 0
+
+    def update(self, x_TD: Tensor, sample_ids_T: Tensor) -> None:
+        """Add the next tokens of the stream.
+
+        Args:
+            x_TD: FFN inputs, (T, D).
+            sample_ids_T: calibration sample of each token, int, (T,).
+        Raises:
+            ValueError: lengths differ, or a sample id lies outside [0, M).
+        """
+        if x_TD.shape[0] != sample_ids_T.shape[0]:
+            raise ValueError(f"{x_TD.shape[0]} tokens with {sample_ids_T.shape[0]} sample ids")
+        samples = self._tokens_M.shape[0]
+        if bool(((sample_ids_T < 0) | (sample_ids_T >= samples)).any()):
+            raise ValueError(f"sample id outside 0..{samples - 1}")
+        for start in range(0, x_TD.shape[0], _CHUNK_TOKENS):
+            chunk = slice(start, start + _CHUNK_TOKENS)
+            self._add(x_TD[chunk], sample_ids_T[chunk])
+
+    def _add(self, x_TD: Tensor, ids_T: Tensor) -> None:
+        self._keep_inputs(x_TD)
+        self._markers.append(marker_neurons(x_TD, self._marker_weights, self._top_k).cpu())
+        typed_TD = x_TD.to(self._weights.gate_FD.dtype)
+        gate_TF = gate_activation(typed_TD, self._weights)
+        self._add_gate(gate_TF, ids_T)
+        up_TF = functional.linear(typed_TD, self._weights.up_FD, self._weights.up_bias_F)
+        self._merge_hidden(gate_TF * up_TF)
+        self._tokens += x_TD.shape[0]
+
+    def _keep_inputs(self, x_TD: Tensor) -> None:
+        positions_N = self._positions_N - self._tokens
+        here_n = positions_N[(positions_N >= 0) & (positions_N < x_TD.shape[0])]
+        # Copied, so that the batch itself can be freed.
+        self._inputs.append(x_TD[here_n].detach().cpu().clone())
+
+    def _add_gate(self, gate_TF: Tensor, ids_T: Tensor) -> None:
+        for sample in ids_T.unique().tolist():
+            rows_tF = gate_TF[ids_T == sample]
+            self._gate_sum_MF[sample] += rows_tF.sum(0, dtype=torch.float64).cpu()
+            self._gate_abs_sum_MF[sample] += rows_tF.abs().sum(0, dtype=torch.float64).cpu()
+            self._tokens_M[sample] += rows_tF.shape[0]
+
+    def _merge_hidden(self, hidden_TF: Tensor) -> None:
+        hidden_TF = hidden_TF.double()
+        count, seen = hidden_TF.shape[0], self._tokens
+        mean_F = hidden_TF.mean(0)
+        square_F = (hidden_TF - mean_F).square().sum(0)
+        apart_F = mean_F.cpu() - self._mean_F
+        self._square_F += square_F.cpu() + apart_F.square() * (seen * count / (seen + count))
+        self._mean_F += apart_F * (count / (seen + count))
+
+    def finish(self, sample_groups_M: Tensor) -> LayerProfile:
+        """The profile of everything seen.
+
+        Args:
+            sample_groups_M: group (task or domain) of each sample, int, (M,).
+        Raises:
+            ValueError: no tokens were seen, a sample got none, or M does not agree.
+        """
+        if sample_groups_M.shape != self._tokens_M.shape:
+            raise ValueError(
+                f"{sample_groups_M.numel()} groups for {self._tokens_M.numel()} samples"
+            )
+        empty = (self._tokens_M == 0).nonzero().flatten().tolist()
+        if empty or self._tokens == 0:
+            raise ValueError(f"no tokens in samples {empty[:10]}")
+        tokens_M1 = self._tokens_M[:, None].double()
+        return LayerProfile(
+            sample_gate_mean_MF=(self._gate_sum_MF / tokens_M1).float(),
+            sample_gate_abs_mean_MF=(self._gate_abs_sum_MF / tokens_M1).float(),
+            sample_tokens_M=self._tokens_M.clone(),
+            sample_groups_M=sample_groups_M.long().cpu(),
+            hidden_mean_F=self._mean_F.float(),
+            hidden_variance_F=(self._square_F / self._tokens).float(),
+            marker_neurons_TA=torch.cat(self._markers),
+            ffn_inputs_ND=torch.cat(self._inputs),
+            tokens=self._tokens,
+        )

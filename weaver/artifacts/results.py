@@ -1,0 +1,217 @@
+"""What ``eval`` and ``bench`` write: the models behind every ``results.json``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Milliseconds = Annotated[float, Field(gt=0.0)]
+
+
+class Record(BaseModel):
+    """A frozen JSON object: unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TaskResult(Record):
+    """Scores of one model on one task.
+
+    Args:
+        name: file name of the task without suffix, or ``harness:NAME``.
+        kind: the format the items had, or "harness".
+        items: number of items scored.
+        metrics: "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "log_likelihood", "perplexity",
+            as far as the kind has them.
+        correct: per metric that is a mean of hits, the hit (1) or miss (0) of every item in file
+            order, for paired comparisons; empty for the harness.
+    """
+
+    name: str
+    kind: Literal["multiple-choice", "schema", "completion", "harness"]
+    items: int = Field(ge=0)
+    metrics: dict[str, float]
+    correct: dict[str, tuple[Literal[0, 1], ...]] = {}
+
+    @model_validator(mode="after")
+    def _one_hit_per_item(self) -> Self:
+        for metric, hits in self.correct.items():
+            if len(hits) != self.items:
+                raise ValueError(f"{self.name}: {metric} has {len(hits)} values, not {self.items}")
+        return self
+
+
+class LayerUsage(Record):
+    """How often the routed experts of one layer were selected.
+
+    With the counts ``c_e`` over T tokens and ``p_e = c_e / sum(c)``:
+
+    Args:
+        layer: index of the decoder layer.
+        module: name of the module.
+        tokens: T.
+        token_share: ``c_e / T`` per expert; they sum to K.
+        coefficient_of_variation: population std of ``c_e`` over its mean; 0 when balanced.
+        dead_share: share of experts with ``c_e = 0``.
+        entropy: ``-sum p_e ln p_e`` in nats; ``ln E`` when balanced.
+    """
+
+    layer: int = Field(ge=0)
+    module: str
+    tokens: int = Field(gt=0)
+    token_share: tuple[Share, ...] = Field(min_length=1)
+    coefficient_of_variation: float = Field(ge=0.0)
+    dead_share: Share
+    entropy: float = Field(ge=0.0)
+
+    @property
+    def num_routed_experts(self) -> int:
+        return len(self.token_share)
+
+
+class WindowValues(Record):
+    """Per-window means, for paired bootstraps; every list has one value per window.
+
+    Args:
+        dense_nll: mean negative log-likelihood of the dense model, nats per token.
+        moe_nll: the same of the converted model.
+        kl: mean KL(dense || converted), nats per token.
+        top1_agreement: share of positions where both models put the same token first.
+    """
+
+    dense_nll: tuple[float, ...] = Field(min_length=1)
+    moe_nll: tuple[float, ...] = Field(min_length=1)
+    kl: tuple[float, ...] = Field(min_length=1)
+    top1_agreement: tuple[Share, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _same_windows(self) -> Self:
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"window lists differ in length: {lengths}")
+        return self
+
+
+class ModelQuality(Record):
+    """Scores of one model, dense or converted.
+
+    Args:
+        perplexity: ``exp`` of the mean negative log-likelihood over all windows.
+        ffn_flops_per_token: FFN FLOPs per token, router included, 2 per multiply-add.
+        tasks: scores by task name.
+    """
+
+    perplexity: float = Field(ge=1.0)
+    ffn_flops_per_token: int = Field(ge=0)
+    tasks: dict[str, TaskResult] = {}
+
+
+class EvalResult(Record):
+    """``eval/results.json``: the converted model next to the dense one.
+
+    Args:
+        dense: scores of the dense model.
+        moe: scores of the converted model.
+        kl: mean KL(dense || converted) in nats per token.
+        top1_agreement: share of positions where both models put the same token first.
+        tokens: positions that predicted a token, W * (T - 1).
+        sequence_length: T, tokens per window.
+        ffn_sparsity: 1 - active FFN neurons / dense FFN neurons, over all layers.
+        dense_parameters: parameters of the dense model.
+        total_parameters: parameters of the converted model.
+        active_parameters: parameters of the converted model that one token uses.
+        windows: the values the means above were taken over.
+        expert_usage: one entry per layer that has routed experts.
+        config: the resolved configuration of the evaluation.
+        versions: package versions that took part.
+        digests: digests of the models and the data, by name.
+    """
+
+    dense: ModelQuality
+    moe: ModelQuality
+    kl: float = Field(ge=-1e-6)
+    top1_agreement: Share
+    tokens: int = Field(gt=0)
+    sequence_length: int = Field(gt=1)
+    ffn_sparsity: float = Field(ge=0.0, lt=1.0)
+    dense_parameters: int = Field(gt=0)
+    total_parameters: int = Field(gt=0)
+    active_parameters: int = Field(gt=0)
+    windows: WindowValues
+    expert_usage: tuple[LayerUsage, ...] = ()
+    config: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    digests: dict[str, str] = {}
+
+
+class BenchHeader(Record):
+    """Where the times were taken."""
+
+    device: str
+    threads: int = Field(gt=0)
+    dtype: str
+    versions: dict[str, str] = {}
+
+
+class BenchRow(Record):
+    """Dense against converted at one size, in medians of interleaved runs.
+
+    Args:
+        tokens: tokens per forward (prefill) or generated one by one (decode).
+        phase: prefill or decode.
+        dense_ms, moe_ms: median milliseconds; ``*_p10_ms`` and ``*_p90_ms`` the spread.
+        speedup: ``dense_ms / moe_ms``; below 1 the converted model is slower.
+        bound: ceiling of the speed-up.
+        bound_share: ``speedup / bound``.
+        dense_tokens_per_second, moe_tokens_per_second: tokens over the median time.
+    """
+
+    tokens: int = Field(gt=0)
+    phase: Literal["prefill", "decode"]
+    dense_ms: Milliseconds
+    dense_p10_ms: Milliseconds
+    dense_p90_ms: Milliseconds
+    moe_ms: Milliseconds
+    moe_p10_ms: Milliseconds
+    moe_p90_ms: Milliseconds
+    speedup: float = Field(gt=0.0)
+    bound: float = Field(gt=0.0)
+    bound_share: float = Field(gt=0.0)
+    dense_tokens_per_second: float = Field(gt=0.0)
+    moe_tokens_per_second: float = Field(gt=0.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("dense", "moe"):
+            low, middle, high = (getattr(self, f"{name}_{q}ms") for q in ("p10_", "", "p90_"))
+            if not low <= middle <= high:
+                raise ValueError(f"{name} times are not ordered: {low}, {middle}, {high}")
+        return self
+
+
+class BenchResult(Record):
+    """All rows of one benchmark and where they were taken."""
+
+    header: BenchHeader
+    rows: tuple[BenchRow, ...]
+
+    def flat_rows(self) -> list[dict[str, Any]]:
+        """One plain dict per row with the header's values in it: ``bench/results.json``."""
+        header = self.header.model_dump()
+        return [{**row.model_dump(), **header} for row in self.rows]
+
+    @classmethod
+    def from_flat_rows(cls, rows: list[dict[str, Any]]) -> Self:
+        """Inverse of ``flat_rows``.
+
+        Raises:
+            ValueError: there is no row, or the rows were not taken in the same place.
+        """
+        names = set(BenchHeader.model_fields)
+        headers = [{k: v for k, v in row.items() if k in names} for row in rows]
+        if not rows or any(header != headers[0] for header in headers):
+            raise ValueError("bench rows need one common header")
+        values = [{k: v for k, v in row.items() if k not in names} for row in rows]
+        return cls.model_validate({"header": headers[0], "rows": values})

@@ -1,0 +1,218 @@
+"""Files that are either complete or absent: atomic writes, checked reads, stable digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from weaver.artifacts.types import TensorRecord
+from weaver.errors import WeaverError
+
+# safetensors files with two or more metadata keys are not byte-stable between processes (the header
+# is written in hash order), so everything goes into one key as canonical JSON.
+METADATA_KEY = "weaver"
+
+RecordT = TypeVar("RecordT", bound=TensorRecord)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name next to ``path`` that becomes ``path`` when the block ends well.
+
+    Raises:
+        WeaverError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: Exception) -> WeaverError:
+    """The error for a file or folder that could not be written."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return WeaverError(
+        f"{path}: cannot be written",
+        why=reason,
+        fix="free space or choose a writable --run-dir, then rerun the same command: "
+        "finished layers are kept",
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *, rebuild: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        WeaverError: the file is missing or damaged; ``rebuild`` is the command that makes it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise WeaverError(f"{path}: missing", why="the stage has not run", fix=rebuild) from error
+    except (OSError, ValueError) as error:
+        raise WeaverError(f"{path}: damaged", why=str(error), fix=rebuild) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file atomically, with ``metadata`` as one canonical JSON key."""
+    _save(path, tensors, {METADATA_KEY: canonical_json(dict(metadata))})
+
+
+def write_model_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a shard of a Hugging Face checkpoint atomically, marked the way its loaders expect."""
+    _save(path, tensors, {"format": "pt"})
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata=header)
+
+
+def read_tensors(path: Path, *, rebuild: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file and its metadata.
+
+    Raises:
+        WeaverError: the file is missing, truncated or not safetensors.
+    """
+    check_tensors_file(path, rebuild=rebuild)
+    return load_file(path), _read_header(path)[1]
+
+
+def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
+    """Check that the file is as long as its header says, without reading the tensors.
+
+    Raises:
+        WeaverError: the file is missing, truncated or not safetensors.
+    """
+    fix = rebuild or f"delete {path} and rerun the stage that writes it"
+    if not path.is_file():
+        raise WeaverError(f"{path}: missing", why="the stage has not finished", fix=fix)
+    try:
+        header, _, start = _read_header_and_start(path)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+    except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
+        raise WeaverError(f"{path}: damaged header", why=str(error), fix=fix) from error
+    expected, actual = start + max(ends, default=0), path.stat().st_size
+    if actual != expected:
+        raise WeaverError(
+            f"{path}: damaged, {actual} bytes instead of {expected}",
+            why="the file was cut off or overwritten after it was written",
+            fix=fix,
+        )
+
+
+def tensors_digest(path: Path) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, bytes) of a safetensors file."""
+    header, _, start = _read_header_and_start(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        for name in sorted(header):
+            entry = header[name]
+            digest.update(canonical_json([name, entry["dtype"], entry["shape"]]).encode())
+            begin, end = entry["data_offsets"]
+            handle.seek(start + begin)
+            _update(digest, handle, end - begin)
+    return digest.hexdigest()
+
+
+def values_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, bytes) of tensors in memory."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's content: by tensors for safetensors, by bytes for the rest."""
+    if path.suffix == ".safetensors":
+        return tensors_digest(path)
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_record(path: Path, record: TensorRecord) -> None:
+    """Write one of the types of ``artifacts.types``."""
+    write_tensors(path, record.tensors(), record.scalars())
+
+
+def read_record(path: Path, kind: type[RecordT], *, rebuild: str = "") -> RecordT:
+    """Read one of the types of ``artifacts.types``.
+
+    Raises:
+        WeaverError: the file is missing or damaged, or holds another type.
+    """
+    tensors, scalars = read_tensors(path, rebuild=rebuild)
+    try:
+        return kind.build(tensors, scalars)
+    except (TypeError, ValueError) as error:
+        raise WeaverError(
+            f"{path}: not a valid {kind.__name__}",
+            why=str(error),
+            fix=rebuild or f"delete {path} and rerun the stage that writes it",
+        ) from error
+
+
+def _update(digest: Any, handle: Any, size: int) -> None:
+    while size > 0:
+        block = handle.read(min(size, 1 << 22))
+        if not block:
+            raise ValueError("file ends before its last tensor")
+        digest.update(block)
+        size -= len(block)
+
+
+def _read_header_and_start(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    with path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"header of {length} bytes is longer than the file")
+        header = json.loads(handle.read(length))
+    metadata = header.pop("__metadata__", {})
+    return header, json.loads(metadata.get(METADATA_KEY, "{}")), 8 + length
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return _read_header_and_start(path)[:2]

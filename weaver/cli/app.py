@@ -1,0 +1,95 @@
+"""The ``weaver`` program: its subcommands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from weaver.errors import WeaverError
+
+
+class WeaverGroup(TyperGroup):
+    """Turns ``WeaverError`` into three lines and exit code 1; usage errors keep exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        console = Console(stderr=True, soft_wrap=True)
+        try:
+            return super().invoke(ctx)
+        except WeaverError as error:
+            if ctx.params.get("debug"):
+                raise
+            console.print(f"[red]error:[/red] {_escape(error.what)}", highlight=False)
+            console.print(f"  why: {_escape(error.why)}", highlight=False)
+            console.print(f"  fix: {_escape(error.fix)}", highlight=False)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            console.print("[red]error:[/red] interrupted", highlight=False)
+            console.print("  why: Ctrl-C; finished layers and stages are kept", highlight=False)
+            console.print("  fix: rerun the same command to go on", highlight=False)
+            raise typer.Exit(1) from error
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+app = typer.Typer(
+    cls=WeaverGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turn dense GLU language models into Mixture-of-Experts models, without training.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(version("weaver-moe"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show stack traces.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Turn dense GLU language models into Mixture-of-Experts models, without training."""
+
+
+def main() -> None:
+    """Entry point of the ``weaver`` command."""
+    from weaver.cli import (
+        assemble,
+        bench,
+        build_router,
+        calibrate,
+        evaluate,
+        finetune,
+        inspect,
+        partition,
+        run,
+    )
+
+    for module in (
+        calibrate,
+        partition,
+        build_router,
+        assemble,
+        finetune,
+        evaluate,
+        bench,
+        run,
+        inspect,
+    ):
+        module.add_to(app)
+    app(prog_name="weaver")
+    sys.exit(0)

@@ -1,0 +1,38 @@
+"""``weaver build-router``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from weaver.cli.options import ConfigFile, DryRun, Force, Overrides, RunDir, Seed
+from weaver.cli.session import make_context, run_stage
+from weaver.config import RouterConfig, load_section, load_seed
+
+
+def build_router(
+    run_dir: RunDir,
+    router: Annotated[
+        str | None,
+        typer.Option(help="mean-gate, representative or random; default: as the method's paper."),
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Build a router for every layer that has routed experts."""
+    settings = load_section(RouterConfig, "router", config, overrides or [], {"kind": router})
+    from weaver.stages.build_router import build_routers
+
+    context = make_context(
+        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=None
+    )
+    run_stage(context, "build-router", lambda c: build_routers(c, settings))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the subcommand."""
+    app.command("build-router")(build_router)

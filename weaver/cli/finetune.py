@@ -1,0 +1,53 @@
+"""``weaver finetune``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from weaver.cli.options import ConfigFile, Data, DataDir, DryRun, Force, Overrides, RunDir, Seed
+from weaver.cli.session import make_context, run_stage
+from weaver.config import FinetuneConfig, load_section, load_seed
+
+
+def finetune(
+    run_dir: RunDir,
+    data: Data = None,
+    trainable: Annotated[
+        str | None, typer.Option(help="all, or router for the routers alone.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Train the converted model for some steps; an interrupted training goes on."""
+    flags = {
+        "data": data,
+        "trainable": trainable,
+        "steps": steps,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "learning_rate": learning_rate,
+        "checkpoint_every": checkpoint_every,
+    }
+    settings = load_section(FinetuneConfig, "finetune", config, overrides or [], flags)
+    from weaver.stages.finetune import finetune as stage
+
+    context = make_context(
+        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=data_dir
+    )
+    run_stage(context, "finetune", lambda c: stage(c, settings))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the subcommand."""
+    app.command("finetune")(finetune)

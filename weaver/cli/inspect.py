@@ -1,0 +1,31 @@
+"""``weaver inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weaver.cli.session import console
+from weaver.cli.show import show_states
+
+
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute every file's digest again.")
+    ] = False,
+) -> None:
+    """Show what a run directory holds, with digests, times and memory."""
+    from weaver.stages.inspection import inspect_run
+
+    states = inspect_run(run_dir, verify=verify)
+    show_states(console, states)
+    if any(state.state == "damaged" for state in states):
+        raise typer.Exit(1)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the subcommand."""
+    app.command("inspect")(inspect)

@@ -1,0 +1,66 @@
+"""What every subcommand does around its stage: context, lock, dry run, result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from weaver.cli.show import show_manifest
+
+if TYPE_CHECKING:
+    from weaver.artifacts.manifest import StageManifest
+    from weaver.stages.runner import StageContext
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def make_context(
+    run_dir: Path, *, seed: int, force: bool, dry_run: bool, data_dir: Path | None
+) -> StageContext:
+    """The context of a command on this console."""
+    from weaver.report.progress import stage_progress
+    from weaver.stages.runner import StageContext
+
+    quiet_libraries()
+    return StageContext(
+        run_dir=run_dir,
+        seed=seed,
+        force=force,
+        dry_run=dry_run,
+        data_dir=data_dir,
+        progress=stage_progress(),
+        say=lambda line: console.print(line, markup=False),
+    )
+
+
+def run_stage(
+    context: StageContext, stage: str, call: Callable[[StageContext], StageManifest]
+) -> None:
+    """Run one stage under the run directory's lock and show what it made."""
+    from weaver.stages.runner import WouldRun, locked
+
+    if context.dry_run:
+        try:
+            call(context)
+        except WouldRun as would:
+            console.print(f"{stage}: would {would.status}")
+        else:
+            console.print(f"{stage}: complete, would be skipped")
+        return
+    with locked(context.run_dir):
+        manifest = call(context)
+    show_manifest(console, stage, manifest, context.folder(stage))
+
+
+def quiet_libraries() -> None:
+    """Leave progress and notices to weaver."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")

@@ -1,0 +1,189 @@
+"""What subcommands print: tables of a stage's summary, of a plan, of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from weaver.report.tables import (
+    console_table,
+    format_bytes,
+    format_count,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_seconds,
+)
+
+if TYPE_CHECKING:
+    from weaver.artifacts.manifest import StageManifest
+    from weaver.stages.estimate import Estimate
+    from weaver.stages.inspection import StageState
+    from weaver.stages.pipeline import PlannedStage
+
+
+def show_manifest(console: Console, stage: str, manifest: StageManifest, folder: Path) -> None:
+    """One line about a finished stage, and the table of its summary."""
+    console.print(
+        f"[green]{stage}[/green] {folder}  digest {manifest.digest[:12]}  "
+        f"{format_seconds(manifest.seconds)}, peak {format_bytes(manifest.peak_memory_bytes)}"
+    )
+    _SUMMARIES[stage](console, manifest.summary)
+
+
+def _show_calibrate(console: Console, summary: dict[str, Any]) -> None:
+    console.print(
+        f"  {summary['num_layers']} layers, {summary['intermediate_size']} neurons each; "
+        f"{summary['tokens']} tokens in {summary['samples']} samples of "
+        f"{len(summary['groups'])} groups"
+    )
+
+
+def _show_partition(console: Console, summary: dict[str, Any]) -> None:
+    headers = ("layer", "shared", "shared share", "experts", "top-k", "active", "sparsity")
+    rows = [
+        (
+            row["layer"],
+            row["shared_neurons"],
+            format_percent(row["shared_share"]),
+            f"{row['experts']} x {row['expert_width']}",
+            row["top_k"],
+            row["active_neurons"],
+            format_percent(row["sparsity"]),
+        )
+        for row in summary["layers"]
+    ]
+    console.print(console_table(f"{summary['method']} (scope: ffn)", headers, rows))
+
+
+def _show_router(console: Console, summary: dict[str, Any]) -> None:
+    if not summary["layers"]:
+        console.print("  static layers: no router")
+        return
+    headers = ("layer", "oracle agreement", "by chance", "captured contribution", "load CV")
+    rows = [
+        (
+            row["layer"],
+            format_percent(row["oracle_agreement"]),
+            format_percent(row["chance_agreement"]),
+            format_percent(row["captured_contribution"]),
+            format_number(row["load_cv"]),
+        )
+        for row in summary["layers"]
+    ]
+    console.print(console_table(f"router {summary['router']}", headers, rows))
+
+
+def _show_assemble(console: Console, summary: dict[str, Any]) -> None:
+    console.print(
+        f"  {format_count(summary['active_parameters'])} of "
+        f"{format_count(summary['total_parameters'])} parameters active, FFN sparsity "
+        f"{format_percent(summary['ffn_sparsity'])}, FFN FLOPs x"
+        f"{summary['ffn_flops'] / summary['dense_ffn_flops']:.3f}"
+    )
+
+
+def _show_finetune(console: Console, summary: dict[str, Any]) -> None:
+    losses = summary["losses"]
+    console.print(f"  {len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+def _show_eval(console: Console, summary: dict[str, Any]) -> None:
+    console.print(
+        f"  perplexity {format_number(summary['dense_perplexity'])} -> "
+        f"{format_number(summary['moe_perplexity'])}, KL {format_number(summary['kl'])}, "
+        f"top-1 agreement {format_percent(summary['top1_agreement'])}"
+    )
+
+
+def _show_bench(console: Console, summary: dict[str, Any]) -> None:
+    header = summary["header"]
+    headers = ("phase", "tokens", "dense ms", "converted ms", "speed-up", "bound", "of bound")
+    rows = [
+        (
+            row["phase"],
+            row["tokens"],
+            f"{row['dense_ms']:.2f}",
+            f"{row['moe_ms']:.2f}",
+            format_ratio(row["speedup"]) + (" slower than dense" if row["speedup"] < 1 else ""),
+            format_ratio(row["bound"]),
+            format_percent(row["bound_share"]),
+        )
+        for row in summary["rows"]
+    ]
+    title = f"{header['device']}, {header['threads']} threads, {header['dtype']}, medians"
+    console.print(console_table(title, headers, rows))
+
+
+_SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {
+    "calibrate": _show_calibrate,
+    "partition": _show_partition,
+    "build-router": _show_router,
+    "assemble": _show_assemble,
+    "finetune": _show_finetune,
+    "eval": _show_eval,
+    "bench": _show_bench,
+}
+
+
+def show_plan(console: Console, plan: Sequence[PlannedStage], needs: Estimate) -> None:
+    """What a dry run found, and the estimate of memory and disk."""
+    rows = [(stage.stage, stage.status, stage.note) for stage in plan]
+    console.print(console_table("dry run", ("stage", "would", "note"), rows))
+    console.print(
+        f"estimate: {format_bytes(needs.memory)} of memory layer by layer, "
+        f"{format_bytes(needs.eval_memory)} for eval and bench (both models); disk "
+        f"{format_bytes(needs.profile_disk)} for profiles, {format_bytes(needs.model_disk)} "
+        "for the model"
+    )
+
+
+def show_states(console: Console, states: Sequence[StageState]) -> None:
+    """The stages of a run directory."""
+    rows = []
+    for state in states:
+        manifest = state.manifest
+        rows.append(
+            (
+                state.stage,
+                state.state,
+                manifest.digest[:12] if manifest else "-",
+                format_bytes(state.size),
+                format_seconds(manifest.seconds) if manifest else "-",
+                format_bytes(manifest.peak_memory_bytes) if manifest else "-",
+                manifest.finished_at if manifest else state.note,
+            )
+        )
+    headers = ("stage", "state", "digest", "size", "time", "peak memory", "finished")
+    console.print(console_table(str(states[0].folder.parent), headers, rows))
+
+
+def show_results(console: Console, run_dir: Path, *, finetuned: bool) -> None:
+    """Dense against converted, from the results of eval and bench; and where the model lies."""
+    quality = json.loads((run_dir / "eval" / "results.json").read_text())
+    speed = json.loads((run_dir / "bench" / "results.json").read_text())
+    dense, moe = quality["dense"], quality["moe"]
+    flops = (dense["ffn_flops_per_token"], moe["ffn_flops_per_token"])
+    rows: list[tuple[str, str, str]] = [
+        ("perplexity", format_number(dense["perplexity"]), format_number(moe["perplexity"])),
+        ("KL to dense, nats/token", "0", format_number(quality["kl"])),
+        ("top-1 agreement", "100%", format_percent(quality["top1_agreement"])),
+        (
+            "active parameters",
+            format_count(quality["dense_parameters"]),
+            format_count(quality["active_parameters"]),
+        ),
+        ("FFN FLOPs per token", format_count(flops[0]), format_count(flops[1])),
+    ]
+    for row in speed:
+        rates = (row["dense_tokens_per_second"], row["moe_tokens_per_second"])
+        name = f"{row['phase']} tokens/s ({row['tokens']} tokens)"
+        slower = " (slower than dense)" if rates[1] < rates[0] else ""
+        rows.append((name, format_number(rates[0]), format_number(rates[1]) + slower))
+    title = f"dense against converted, FFN sparsity {format_percent(quality['ffn_sparsity'])}"
+    console.print(console_table(title, ("", "dense", "converted"), rows))
+    console.print(f"model: {run_dir / ('finetune/model' if finetuned else 'model')}")

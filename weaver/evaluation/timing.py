@@ -1,0 +1,100 @@
+"""Timing of several functions in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the timed runs of one function, in the order they ran.
+
+    Args:
+        seconds: one value per run.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    @property
+    def p10(self) -> float:
+        return self.quantile(0.1)
+
+    @property
+    def p90(self) -> float:
+        return self.quantile(0.9)
+
+    def quantile(self, share: float) -> float:
+        """Quantile with linear interpolation between runs, in seconds."""
+        return float(np.quantile(self.seconds, share))
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], None]],
+    *,
+    repeats: int,
+    warmup: int,
+    prepare: Mapping[str, Callable[[], None]] | None = None,
+) -> dict[str, Timing]:
+    """Time functions in turn, A B A B ..., so that a slow minute of the machine hits all of them.
+
+    The garbage collector is off while a round runs. On a CUDA device that is in use, the clock
+    starts and stops after a synchronisation.
+
+    Args:
+        functions: what to time, by name.
+        repeats: timed rounds.
+        warmup: rounds before them, run in the same order and not counted.
+        prepare: per name a function that runs before every run and is not timed.
+
+    Returns:
+        The timing of every function, by name.
+
+    Raises:
+        ValueError: no timed round, or a negative number of warm-up rounds.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats={repeats} must be positive and warmup={warmup} not negative")
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    with _no_garbage_collection():
+        for _ in range(warmup + repeats):
+            for name, function in functions.items():
+                if prepare is not None:
+                    prepare[name]()
+                seconds[name].append(_seconds_of(function))
+    return {name: Timing(tuple(values[warmup:])) for name, values in seconds.items()}
+
+
+def _seconds_of(function: Callable[[], None]) -> float:
+    _synchronise()
+    start = perf_counter()
+    function()
+    _synchronise()
+    return perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,162 @@
+"""Routers that need no training: built from the weights and the layout of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weaver.algorithms.glu import GluWeights
+from weaver.algorithms.markers import l1_distances, marker_columns, mean_columns
+from weaver.algorithms.statistics import normalised
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKind
+from weaver.methods.base import RouterFunction
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """One row of the router table.
+
+    Args:
+        name: what ``--router`` takes.
+        kind: the form of the router, see ``weaver.artifacts.types.Router``.
+        summary: one line for help and README.
+        source: arXiv id or where the router comes from.
+        build: the pure function.
+    """
+
+    name: str
+    kind: RouterKind
+    summary: str
+    source: str
+    build: RouterFunction
+
+
+def mean_gate_router(
+    weights: GluWeights, profile: LayerProfile, layout: ExpertLayout, generator: torch.Generator
+) -> Router:
+    """Route by the mean gate vector of each expert.
+
+    ``s_e = x . (1/N) sum_{j in expert e} Wg_j``
+
+    Args:
+        weights: the dense FFN.
+        profile: not used.
+        layout: which neurons each expert holds.
+        generator: not used.
+    Returns:
+        A linear router.
+    Raises:
+        ValueError: the layout has no routed experts.
+    Source: ExpertWeaver, arXiv:2602.15521. Deviation: biases of the gate projection are left out,
+        the router having no intercept.
+    """
+    del profile, generator
+    _require_experts(layout)
+    return _untrained("linear", weights.gate_FD[layout.experts_EN].float().mean(1))
+
+
+def representative_router(
+    weights: GluWeights, profile: LayerProfile, layout: ExpertLayout, generator: torch.Generator
+) -> Router:
+    """Route by the activation of one representative neuron per expert.
+
+    ``s_e = |(x . wu^_R) * act(x . wg^_R)|``, R the member whose marker column is nearest (L1) to
+    the mean column of its expert; ``v^ = v / ||v||_2``. Equal distances go to the lower neuron id.
+
+    Args:
+        weights: the dense FFN.
+        profile: holds the markers.
+        layout: which neurons each expert holds.
+        generator: not used.
+    Returns:
+        A GLU router.
+    Raises:
+        ValueError: the layout has no routed experts.
+    Source: CMoE, arXiv:2502.04416, section 4.2. Deviation: biases of gate and up are left out.
+    """
+    del generator
+    representatives_E = representative_neurons(profile, layout)
+    unit = normalised(weights.select(representatives_E))
+    return _untrained("glu", unit.gate_FD, unit.up_FD)
+
+
+def random_router(
+    weights: GluWeights, profile: LayerProfile, layout: ExpertLayout, generator: torch.Generator
+) -> Router:
+    """Route at random: the baseline for any router.
+
+    ``weight_ED ~ N(0, 1/D)``, that is with standard deviation ``1 / sqrt(D)``.
+
+    Args:
+        weights: the dense FFN, for its hidden size.
+        profile: not used.
+        layout: for its number of experts.
+        generator: source of the weights.
+    Returns:
+        A linear router.
+    Raises:
+        ValueError: the layout has no routed experts.
+    """
+    del profile
+    _require_experts(layout)
+    shape = (layout.num_routed_experts, weights.hidden_size)
+    return _untrained("linear", torch.randn(shape, generator=generator) * weights.hidden_size**-0.5)
+
+
+def representative_neurons(profile: LayerProfile, layout: ExpertLayout) -> Tensor:
+    """Per expert the member nearest (L1) to the mean marker column of the expert, int64, (E,)."""
+    _require_experts(layout)
+    chosen = []
+    for members_N in layout.experts_EN:
+        binary_NT = marker_columns(profile.marker_neurons_TA, members_N, layout.intermediate_size)
+        one_cluster_N = torch.zeros_like(members_N)
+        distances_N = l1_distances(binary_NT, mean_columns(binary_NT, one_cluster_N, 1))[:, 0]
+        chosen.append(members_N[int(distances_N.argmin())])
+    return torch.stack(chosen)
+
+
+def _require_experts(layout: ExpertLayout) -> None:
+    if layout.num_routed_experts == 0:
+        raise ValueError("a static layout has no routed experts to route to")
+
+
+def _untrained(kind: RouterKind, weight_ED: Tensor, up_weight_ED: Tensor | None = None) -> Router:
+    """A router with output scale and balance bias zero, as before any training."""
+    zeros_E = torch.zeros(weight_ED.shape[0])
+    return Router(
+        kind=kind,
+        weight_ED=weight_ED.contiguous(),
+        scale_E=zeros_E,
+        balance_bias_E=zeros_E.clone(),
+        up_weight_ED=up_weight_ED,
+    )
+
+
+ROUTERS: dict[str, RouterSpec] = {
+    spec.name: spec
+    for spec in (
+        RouterSpec(
+            name="mean-gate",
+            kind="linear",
+            summary="mean gate vector of each expert",
+            source="ExpertWeaver, arXiv:2602.15521",
+            build=mean_gate_router,
+        ),
+        RouterSpec(
+            name="representative",
+            kind="glu",
+            summary="activation of one representative neuron per expert",
+            source="CMoE, arXiv:2502.04416",
+            build=representative_router,
+        ),
+        RouterSpec(
+            name="random",
+            kind="linear",
+            summary="random vectors, the baseline for routers",
+            source="baseline",
+            build=random_router,
+        ),
+    )
+}

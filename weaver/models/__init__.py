@@ -1,0 +1,1 @@
+"""Finding, loading, capturing and converting the GLU FFNs of Hugging Face models."""

@@ -1,0 +1,161 @@
+"""The one accounting of parameters, FLOPs and bytes, for dense and converted models alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from weaver.artifacts.types import ExpertLayout, Router, RouterKind
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of one converted FFN; also the entry of the layer in ``config.json``.
+
+    Args:
+        num_shared_neurons: S.
+        n_routed_experts: E, 0 for a static layer.
+        moe_intermediate_size: N, neurons per routed expert.
+        num_experts_per_tok: K.
+        router_kind: "linear" or "glu"; None for a static layer.
+        gate_bias: the gate projection has a bias.
+        up_bias: the up projection has a bias.
+        output_bias: the output has a bias, the model's own or a compensation.
+    """
+
+    num_shared_neurons: int
+    n_routed_experts: int = 0
+    moe_intermediate_size: int = 0
+    num_experts_per_tok: int = 0
+    router_kind: RouterKind | None = None
+    gate_bias: bool = False
+    up_bias: bool = False
+    output_bias: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        layout: ExpertLayout,
+        router: Router | None,
+        *,
+        gate_bias: bool,
+        up_bias: bool,
+        output_bias: bool,
+    ) -> Self:
+        """The shape of a layout with its router."""
+        return cls(
+            num_shared_neurons=layout.num_shared_neurons,
+            n_routed_experts=layout.num_routed_experts,
+            moe_intermediate_size=layout.expert_width,
+            num_experts_per_tok=layout.top_k,
+            router_kind=None if router is None else router.kind,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            output_bias=output_bias,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @property
+    def total_neurons(self) -> int:
+        """S + E * N, the neurons stored."""
+        return self.num_shared_neurons + self.n_routed_experts * self.moe_intermediate_size
+
+    @property
+    def active_neurons(self) -> int:
+        """S + K * N, the neurons computed per token."""
+        return self.num_shared_neurons + self.num_experts_per_tok * self.moe_intermediate_size
+
+    def parameters(self, hidden_size: int, *, active: bool) -> int:
+        """Parameters stored (or read per token): FFN rows, biases, router."""
+        neurons = self.active_neurons if active else self.total_neurons
+        per_neuron = 3 * hidden_size + self.gate_bias + self.up_bias
+        return (
+            neurons * per_neuron
+            + self.output_bias * hidden_size
+            + self._router_matrices * self.n_routed_experts * hidden_size
+            + (2 * self.n_routed_experts if self.router_kind else 0)
+        )
+
+    def flops(self, hidden_size: int) -> int:
+        """FLOPs per token, ``2 * D * (3 * (S + K * N) + router rows)``; 2 per multiply-add."""
+        router_rows = self._router_matrices * self.n_routed_experts
+        return 2 * hidden_size * (3 * self.active_neurons + router_rows)
+
+    @property
+    def _router_matrices(self) -> int:
+        return {None: 0, "linear": 1, "glu": 2}[self.router_kind]
+
+
+@dataclass(frozen=True)
+class ModelAccount:
+    """What a conversion costs and saves, for the whole model.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F of the dense model.
+        total_dense_parameters: all parameters of the dense model, tied embeddings counted once.
+        layers: shape of every converted layer.
+        dense_gate_bias, dense_up_bias, dense_output_bias: biases the dense FFN itself has.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    total_dense_parameters: int
+    layers: Sequence[LayerShape]
+    dense_gate_bias: bool = False
+    dense_up_bias: bool = False
+    dense_output_bias: bool = False
+
+    @property
+    def dense_layer(self) -> LayerShape:
+        """The dense FFN as a shape: every neuron shared, no router."""
+        return LayerShape(
+            num_shared_neurons=self.intermediate_size,
+            gate_bias=self.dense_gate_bias,
+            up_bias=self.dense_up_bias,
+            output_bias=self.dense_output_bias,
+        )
+
+    def _converted(self, *, active: bool) -> int:
+        dense = self.dense_layer.parameters(self.hidden_size, active=False)
+        ffn = sum(layer.parameters(self.hidden_size, active=active) for layer in self.layers)
+        return self.total_dense_parameters - len(self.layers) * dense + ffn
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the converted model."""
+        return self._converted(active=False)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters of the converted model that one token uses, embeddings included."""
+        return self._converted(active=True)
+
+    @property
+    def dense_ffn_flops(self) -> int:
+        """FFN FLOPs per token of the dense model."""
+        return len(self.layers) * self.dense_layer.flops(self.hidden_size)
+
+    @property
+    def ffn_flops(self) -> int:
+        """FFN FLOPs per token of the converted model, router included."""
+        return sum(layer.flops(self.hidden_size) for layer in self.layers)
+
+    @property
+    def ffn_sparsity(self) -> float:
+        """1 - active neurons / dense neurons, over all layers."""
+        active = sum(layer.active_neurons for layer in self.layers)
+        return 1.0 - active / (len(self.layers) * self.intermediate_size)
+
+    @property
+    def speed_bound(self) -> float:
+        """Ceiling of the speed-up: dense parameters over active parameters per token.
+
+        Embedding rows are looked up, not multiplied, so an untied embedding table counts on both
+        sides and makes this bound slightly too low; a tied one is read by the output head.
+        """
+        return self.total_dense_parameters / self.active_parameters

@@ -1,0 +1,296 @@
+"""A dense model on disk, found, identified and read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.manifest import ModelIdentity
+from weaver.artifacts.store import canonical_json, check_tensors_file, file_digest, text_digest
+from weaver.config import DtypeName, ModelConfig
+from weaver.errors import WeaverError
+from weaver.models.families import Family, activation_name, find_family
+from weaver.models.gguf import dequantise
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+class Checkpoint:
+    """A dense model's folder: configuration, tokenizer, and tensors by name.
+
+    Raises:
+        WeaverError: no such model, not safetensors, damaged, or of an unknown family.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+        self.folder = _resolve(model)
+        self.config: PreTrainedConfig = self._load_config()
+        self.family: Family = find_family(self.config.model_type, model=model.path)
+        self.activation = activation_name(
+            getattr(self.config, self.family.activation_field), model=model.path
+        )
+        self._files = self._index()
+        self._check_ffn_names()
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def intermediate_size(self) -> int:
+        return int(self.config.intermediate_size)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype most weights are stored in, read from the first FFN."""
+        return self.tensor(f"{self._ffn_prefix(0)}{self.family.gate}.weight").dtype
+
+    def resolve_dtype(self, name: DtypeName) -> torch.dtype:
+        """``auto`` is the checkpoint's own dtype."""
+        return self.dtype if name == "auto" else DTYPES[name]
+
+    def names(self) -> list[str]:
+        """Every tensor in the checkpoint."""
+        return sorted(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in.
+
+        Raises:
+            WeaverError: the checkpoint holds no such tensor.
+        """
+        if name not in self._files:
+            raise WeaverError(
+                f"{self.folder}: holds no tensor {name!r}",
+                why=f"the row {self.family.model_type!r} of the family table names it; "
+                f"the checkpoint has {', '.join(self.names()[:4])}, ...",
+                fix="check that this is the whole checkpoint of a causal language model",
+            )
+        with safe_open(self._files[name], framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of one tensor, without reading it."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            return list(handle.get_slice(name).get_shape())
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"{self.family.layers}.{layer}."
+
+    def layer_names(self, layer: int) -> list[str]:
+        """Tensors of one decoder layer."""
+        prefix = self.layer_prefix(layer)
+        return [name for name in self.names() if name.startswith(prefix)]
+
+    def outer_names(self) -> list[str]:
+        """Tensors outside the decoder layers."""
+        return [name for name in self.names() if not name.startswith(f"{self.family.layers}.")]
+
+    def is_ffn(self, name: str) -> bool:
+        """Whether a tensor belongs to a decoder layer's FFN."""
+        parts = name.removeprefix(f"{self.family.layers}.").split(".")
+        return name.startswith(f"{self.family.layers}.") and parts[1] == self.family.ffn
+
+    def layer_state(self, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """State dict of one decoder layer without its FFN."""
+        prefix = self.layer_prefix(layer)
+        return {
+            name.removeprefix(prefix): self.tensor(name).to(dtype)
+            for name in self.layer_names(layer)
+            if not self.is_ffn(name)
+        }
+
+    def ffn(self, layer: int, dtype: torch.dtype) -> GluWeights:
+        """The FFN of one layer, neuron j in row j of every matrix."""
+        gate_FD, gate_bias = self._projection(layer, self.family.gate)
+        up_FD, up_bias = self._projection(layer, self.family.up)
+        if self.family.fused:
+            gate_FD, up_FD = gate_FD.chunk(2)[0], up_FD.chunk(2)[1]
+            gate_bias = None if gate_bias is None else gate_bias.chunk(2)[0]
+            up_bias = None if up_bias is None else up_bias.chunk(2)[1]
+        down_DF, output_bias = self._projection(layer, self.family.down)
+        return GluWeights(
+            gate_FD=gate_FD.contiguous(),
+            up_FD=up_FD.contiguous(),
+            down_FD=down_DF.T.contiguous(),
+            activation=self.activation,
+            gate_bias_F=gate_bias,
+            up_bias_F=up_bias,
+            output_bias_D=output_bias,
+        ).to(dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            WeaverError: the folder holds none that transformers can load.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.model.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise WeaverError(
+                f"{self.folder}: no tokenizer",
+                why=str(error).splitlines()[0],
+                fix="copy tokenizer.json and tokenizer_config.json into the model's folder",
+            ) from error
+
+    def total_parameters(self) -> int:
+        """Parameters of the dense model, a tied output head counted once."""
+        names = self.names()
+        if getattr(self.config, "tie_word_embeddings", False):
+            names = [name for name in names if name != "lm_head.weight"]
+        return sum(int(torch.tensor(self.shape(name)).prod()) for name in names)
+
+    def identity(self, known: ModelIdentity | None = None) -> ModelIdentity:
+        """Digests of the weights and the tokenizer.
+
+        Args:
+            known: an earlier identity; if sizes and times agree, its digest is taken over.
+        """
+        files = {
+            path.name: (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sorted(set(self._files.values()))
+        }
+        unchanged = known is not None and known.files == files and known.folder == str(self.folder)
+        digest = known.digest if known is not None and unchanged else self._digest(files)
+        return ModelIdentity(
+            path=self.model.path,
+            folder=str(self.folder),
+            revision=self.model.revision,
+            trust_remote_code=self.model.trust_remote_code,
+            model_type=self.config.model_type,
+            digest=digest,
+            tokenizer_digest=self._tokenizer_digest(),
+            files=files,
+        )
+
+    def _digest(self, files: dict[str, tuple[int, int]]) -> str:
+        config = {k: v for k, v in self.config.to_dict().items() if k != "transformers_version"}
+        weights = {name: file_digest(self.folder / name) for name in files}
+        return text_digest(canonical_json([json.loads(json.dumps(config, default=str)), weights]))
+
+    def _tokenizer_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name in _TOKENIZER_FILES:
+            path = self.folder / name
+            if path.is_file():
+                digest.update(name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def _load_config(self) -> PreTrainedConfig:
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=self.model.trust_remote_code
+            )
+            return config
+        except (OSError, ValueError) as error:
+            raise WeaverError(
+                f"{self.folder}: no configuration that transformers can load",
+                why=str(error).splitlines()[0],
+                fix="pass a folder with config.json and *.safetensors, a .gguf file or a hub name",
+            ) from error
+
+    def _index(self) -> dict[str, Path]:
+        files = sorted(self.folder.glob("*.safetensors"))
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+            files = [self.folder / name for name in sorted(wanted)]
+        if not files:
+            raise WeaverError(
+                f"{self.folder}: no *.safetensors file",
+                why="weaver reads safetensors only; pickle files can run code",
+                fix="convert it once: AutoModelForCausalLM.from_pretrained(...).save_pretrained()",
+            )
+        return dict(self._entries(files))
+
+    def _entries(self, files: list[Path]) -> Iterator[tuple[str, Path]]:
+        for path in files:
+            check_tensors_file(path, rebuild=f"fetch {path.name} of {self.model.path} again")
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    yield from ((name, path) for name in handle.keys())  # noqa: SIM118
+            except SafetensorError as error:
+                raise WeaverError(
+                    f"{path}: damaged", why=str(error), fix=f"fetch {path.name} again"
+                ) from error
+
+    def _check_ffn_names(self) -> None:
+        for part in (self.family.gate, self.family.up, self.family.down):
+            name = f"{self._ffn_prefix(0)}{part}.weight"
+            if name not in self._files:
+                raise WeaverError(
+                    f"{self.model.path}: no GLU feed-forward found, {name!r} is missing",
+                    why=f"model_type {self.config.model_type!r} should hold it; the checkpoint "
+                    f"has {', '.join(self.layer_names(0)[:6]) or self.names()[:4]}",
+                    fix="pass the whole causal language model, or mend the row in "
+                    "weaver/models/families.py",
+                )
+
+    def _ffn_prefix(self, layer: int) -> str:
+        return f"{self.layer_prefix(layer)}{self.family.ffn}."
+
+    def _projection(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
+        name = f"{self._ffn_prefix(layer)}{part}"
+        bias = f"{name}.bias"
+        return self.tensor(f"{name}.weight"), self.tensor(bias) if bias in self._files else None
+
+
+def _resolve(model: ModelConfig) -> Path:
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return dequantise(path, _cache_folder() / f"gguf-{file_digest(path)[:16]}")
+    if path.is_dir():
+        return path.resolve()
+    looks_local = path.suffix or path.is_absolute() or model.path.count("/") != 1
+    if looks_local or path.parent.is_dir():
+        raise WeaverError(
+            f"{model.path}: no such model",
+            why="weaver looked for a folder, a .gguf file, and a hub name (owner/name)",
+            fix="make models/smollm2-135m fetches the demo model",
+        )
+    return _download(model)
+
+
+def _download(model: ModelConfig) -> Path:
+    try:
+        return Path(
+            snapshot_download(model.path, revision=model.revision, allow_patterns=_HUB_PATTERNS)
+        )
+    except (OSError, ValueError, HFValidationError) as error:
+        raise WeaverError(
+            f"{model.path}: not a local folder, and the hub did not give it",
+            why=str(error).strip().splitlines()[0],
+            fix="check the name, --revision and the network, or pass a local folder",
+        ) from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("WEAVER_CACHE") or Path.home() / ".cache" / "weaver"
+    return Path(base)

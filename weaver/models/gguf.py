@@ -1,0 +1,170 @@
+"""GGUF input: write a GGUF file once as an ordinary Hugging Face model folder.
+
+Everything after this module reads safetensors layer by layer, which a GGUF file does not allow, and
+transformers refuses to save a model that it loaded from GGUF. So the weights are dequantised into a
+fresh model of the same class and saved next to the tokenizer and the generation config.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from weaver.artifacts.store import read_json, write_error
+from weaver.errors import WeaverError
+
+GGUF_MAGIC = b"GGUF"
+# What was dequantised, written into the folder so that another file is never mistaken for it.
+SOURCE_FILE = "gguf_source.json"
+
+
+def dequantise(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write the model of a GGUF file as a folder that ``from_pretrained`` loads.
+
+    The folder appears under its final name only when it is complete; a complete folder of the same
+    file and dtype is kept as it is. Each weight is the value of its quantised block, rounded to
+    ``dtype``; tied embeddings stay tied.
+
+    Args:
+        gguf_path: a .gguf file of an architecture that transformers can load.
+        out_dir: the folder to make.
+        dtype: floating-point type of the written weights.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        WeaverError: the file is missing, not GGUF, damaged or of an unknown architecture;
+            ``out_dir`` holds something else; or the folder cannot be written.
+    """
+    _check_magic(gguf_path)
+    source = _source(gguf_path, dtype)
+    if out_dir.exists() and not _is_empty_folder(out_dir):
+        _check_existing(out_dir, source)
+        return out_dir
+    model, tokenizer = _load(gguf_path, dtype)
+    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
+        _move_into_place(temporary, out_dir, source)
+    except OSError as error:
+        raise write_error(out_dir, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out_dir
+
+
+def is_dequantised(folder: Path) -> bool:
+    """Whether a folder was made by ``dequantise``, which means that it is complete."""
+    return (folder / SOURCE_FILE).is_file()
+
+
+def _check_magic(gguf_path: Path) -> None:
+    if not gguf_path.is_file():
+        raise WeaverError(
+            f"{gguf_path}: no such file",
+            why="a GGUF model is one .gguf file",
+            fix="python scripts/fetch_demo_model.py makes the demo model",
+        )
+    with gguf_path.open("rb") as handle:
+        magic = handle.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise WeaverError(
+            f"{gguf_path}: not a GGUF file, it starts with {magic!r}",
+            why=f"a GGUF file starts with {GGUF_MAGIC!r}",
+            fix="give a .gguf file, a model folder or a hub name",
+        )
+
+
+def _source(gguf_path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "file": gguf_path.name,
+        "bytes": gguf_path.stat().st_size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _check_existing(out_dir: Path, source: dict[str, Any]) -> None:
+    remedy = f"rm -r {out_dir}, or choose another folder"
+    if not is_dequantised(out_dir):
+        raise WeaverError(
+            f"{out_dir}: exists, but holds no dequantised model",
+            why=f"a complete folder has a {SOURCE_FILE}; weaver deletes nothing it did not make",
+            fix=remedy,
+        )
+    found = read_json(out_dir / SOURCE_FILE, rebuild=remedy)
+    if found != source:
+        raise WeaverError(
+            f"{out_dir}: was made from {found}, not from {source}",
+            why="a folder holds the weights of one GGUF file in one dtype",
+            fix=remedy,
+        )
+
+
+def _load(gguf_path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    where = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **where, config=config, dtype=dtype, **_dequantising_arguments()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    # The readers raise whatever their parsing trips over, so every kind means "cannot be loaded".
+    except Exception as error:
+        raise WeaverError(
+            f"{gguf_path}: transformers {transformers.__version__} cannot load it",
+            why=f"{type(error).__name__}: {error}",
+            fix="download the file again if it is damaged, or use the model's safetensors release",
+        ) from error
+    return _plain_copy(loaded, dtype), tokenizer
+
+
+def _dequantising_arguments() -> dict[str, Any]:
+    """Releases that can keep GGUF blocks packed have to be told not to; earlier ones never do."""
+    config_class = getattr(transformers, "GgufConfig", None)
+    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
+
+
+def _plain_copy(loaded: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights in a model that does not know it came from a quantised file."""
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    state = {name: tensor.to(dtype) for name, tensor in loaded.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def _move_into_place(temporary: Path, out_dir: Path, source: dict[str, Any]) -> None:
+    try:
+        temporary.rename(out_dir)
+    except OSError:
+        # Another process may have finished the same folder first; then its copy is as good.
+        if not is_dequantised(out_dir):
+            raise
+        _check_existing(out_dir, source)

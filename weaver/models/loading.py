@@ -1,0 +1,48 @@
+"""Loading whole models, dense and converted, for evaluation, benchmarks and fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from weaver.errors import WeaverError
+from weaver.models.hf import register
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model for inference.
+
+    Raises:
+        WeaverError: transformers cannot load it, or keys are missing or left over.
+    """
+    register()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeaverError(
+            f"{folder}: cannot be loaded",
+            why=str(error).strip().splitlines()[0],
+            fix="rerun the stage that wrote it with --force",
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    problems = {
+        kind: sorted(info[kind])
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    }
+    if problems:
+        raise WeaverError(
+            f"{folder}: weights do not fit the configuration: {problems}",
+            why="every key of the checkpoint must belong to the model, and the other way round",
+            fix="rerun the stage that wrote it with --force",
+        )
+    model.eval()
+    return model

@@ -1,0 +1,163 @@
+"""The converted FFN as a torch module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.types import ExpertLayout, Router
+from weaver.kernels.ops import moe_forward
+from weaver.kernels.reference import Routing, route
+from weaver.models.accounting import LayerShape
+
+
+class MoERouter(nn.Module):
+    """Parameters of a router; see ``weaver.artifacts.types.Router``."""
+
+    balance_bias: Tensor
+
+    def __init__(self, shape: LayerShape, hidden_size: int, *, std: float) -> None:
+        super().__init__()
+        experts = shape.n_routed_experts
+        self.weight = _matrix(experts, hidden_size, std)
+        self.scale = nn.Parameter(torch.zeros(experts))
+        self.up_weight = _matrix(experts, hidden_size, std) if shape.router_kind == "glu" else None
+        self.register_buffer("balance_bias", torch.zeros(experts))
+
+    def record(self) -> Router:
+        """The router as the type that kernels take."""
+        return Router(
+            kind="linear" if self.up_weight is None else "glu",
+            weight_ED=self.weight,
+            scale_E=self.scale,
+            balance_bias_E=self.balance_bias,
+            up_weight_ED=self.up_weight,
+        )
+
+
+class MoEFeedForward(nn.Module):
+    """Shared and routed experts as row slices of three matrices, and their router.
+
+    ``y = shared(x) + sum_{e in top-K(x)} w_e expert_e(x) + output_bias``
+
+    Row j of ``gate_weight``, ``up_weight`` and ``down_weight`` (all (S + E * N, D)) is neuron j of
+    the permuted FFN: S shared neurons first, then N per expert. A static layer has no router.
+    Weights start as N(0, std^2), biases and router scales at zero.
+    """
+
+    def __init__(
+        self, shape: LayerShape, hidden_size: int, activation: str, *, std: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.activation = activation
+        neurons = shape.total_neurons
+        self.gate_weight = _matrix(neurons, hidden_size, std)
+        self.up_weight = _matrix(neurons, hidden_size, std)
+        self.down_weight = _matrix(neurons, hidden_size, std)
+        self.gate_bias = _bias(neurons if shape.gate_bias else 0)
+        self.up_bias = _bias(neurons if shape.up_bias else 0)
+        self.output_bias = _bias(hidden_size if shape.output_bias else 0)
+        self.router = MoERouter(shape, hidden_size, std=std) if shape.router_kind else None
+
+    @classmethod
+    def convert(
+        cls, weights: GluWeights, layout: ExpertLayout, router: Router | None
+    ) -> MoEFeedForward:
+        """Build the module from a dense FFN, its layout and its router, in the weights' dtype."""
+        tensors = converted_tensors(weights, layout, router)
+        shape = converted_shape(weights, layout, router)
+        with torch.device("meta"):
+            module = cls(shape, weights.hidden_size, weights.activation)
+        module.load_state_dict(tensors, assign=True)
+        return module.requires_grad_(False)
+
+    @property
+    def num_routed_experts(self) -> int:
+        return self.shape.n_routed_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.shape.num_experts_per_tok
+
+    def weights(self) -> GluWeights:
+        """The permuted FFN."""
+        return GluWeights(
+            gate_FD=self.gate_weight,
+            up_FD=self.up_weight,
+            down_FD=self.down_weight,
+            activation=self.activation,
+            gate_bias_F=self.gate_bias,
+            up_bias_F=self.up_bias,
+            output_bias_D=self.output_bias,
+        )
+
+    def routing(self, x_TD: Tensor) -> Routing | None:
+        """The experts of every token; None for a static layer."""
+        if self.router is None:
+            return None
+        return route(x_TD, self.router.record(), self.activation, self.top_k)
+
+    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and output factors, (T, K) each, of a layer that has a router."""
+        routing = self.routing(x_TD)
+        if routing is None:
+            raise ValueError("a static layer routes nothing")
+        return routing.ids_TK, routing.weights_TK
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y_TD = moe_forward(x_TD, self.weights(), self.routing(x_TD), self.shape.num_shared_neurons)
+        return y_TD.view_as(hidden_states)
+
+    def extra_repr(self) -> str:
+        s = self.shape
+        return (
+            f"shared={s.num_shared_neurons}, experts={s.n_routed_experts} x "
+            f"{s.moe_intermediate_size}, top_k={s.num_experts_per_tok}, router={s.router_kind}"
+        )
+
+
+def converted_shape(weights: GluWeights, layout: ExpertLayout, router: Router | None) -> LayerShape:
+    """Shape of the converted FFN."""
+    return LayerShape.of(
+        layout,
+        router,
+        gate_bias=weights.gate_bias_F is not None,
+        up_bias=weights.up_bias_F is not None,
+        output_bias=weights.output_bias_D is not None or layout.output_bias_D is not None,
+    )
+
+
+def converted_tensors(
+    weights: GluWeights, layout: ExpertLayout, router: Router | None
+) -> dict[str, Tensor]:
+    """State dict of the converted FFN, in the dtype of the weights."""
+    permuted = weights.select(layout.permutation)
+    biases = [b for b in (weights.output_bias_D, layout.output_bias_D) if b is not None]
+    tensors = {
+        "gate_weight": permuted.gate_FD,
+        "up_weight": permuted.up_FD,
+        "down_weight": permuted.down_FD,
+        "gate_bias": permuted.gate_bias_F,
+        "up_bias": permuted.up_bias_F,
+        "output_bias": sum(bias.float() for bias in biases) if biases else None,
+    }
+    if router is not None:
+        tensors |= {
+            "router.weight": router.weight_ED,
+            "router.scale": router.scale_E,
+            "router.balance_bias": router.balance_bias_E,
+            "router.up_weight": router.up_weight_ED,
+        }
+    dtype = weights.gate_FD.dtype
+    return {name: t.to(dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+def _matrix(rows: int, columns: int, std: float) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns).normal_(0.0, std))
+
+
+def _bias(size: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(size)) if size else None

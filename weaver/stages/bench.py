@@ -1,0 +1,110 @@
+"""``bench``: the real speed of the converted model next to the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weaver.artifacts.manifest import StageManifest, StageRequest
+from weaver.artifacts.results import BenchResult, BenchRow
+from weaver.artifacts.store import write_json
+from weaver.config import BenchConfig
+from weaver.data.packing import windows
+from weaver.data.sources import read_documents
+from weaver.evaluation.speed import device_header, measure_decode, measure_prefill
+from weaver.stages.converted import ConvertedModel, open_converted
+from weaver.stages.runner import StageContext, StageRun
+
+STAGE = "bench"
+RESULTS = "results.json"
+
+# Tokens of the prompt in front of the decoded ones.
+DECODE_PROMPT = 64
+
+
+def bench(context: StageContext, config: BenchConfig) -> StageManifest:
+    """Time prefill at several lengths and decoding, dense and converted in turn.
+
+    The prompts are the held-out text of the package: routing, and with it the speed, depends on
+    real text.
+
+    Args:
+        context: run directory, progress.
+        config: lengths, repeats, threads.
+
+    Raises:
+        WeaverError: no finished conversion.
+    """
+    converted = open_converted(context)
+    dtype = converted.dtype(config.dtype)
+    request = StageRequest(
+        stage=STAGE,
+        seed=context.seed,
+        config=config.model_dump(mode="json"),
+        inputs={converted.stage: converted.ref},
+    )
+    run = StageRun(context, request, converted.manifest.model, str(dtype).removeprefix("torch."))
+    if run.status == "skip":
+        return run.skipped()
+    run.begin()
+    with _threads(config.threads):
+        result = BenchResult(header=device_header(dtype), rows=_rows(context, config, converted))
+    write_json(run.folder / RESULTS, result.flat_rows())
+    return run.finish(_summary(result))
+
+
+def _rows(
+    context: StageContext, config: BenchConfig, converted: ConvertedModel
+) -> tuple[BenchRow, ...]:
+    models = {"dense": converted.load_dense(config.dtype), "moe": converted.load(config.dtype)}
+    bound = converted.account().speed_bound
+    ids_T = _prompt(converted, max((*config.tokens, DECODE_PROMPT)))
+    repeats, warmup = config.repeats, config.warmup
+    rows = []
+    with context.progress(STAGE, len(config.tokens) + (config.decode_tokens > 0)) as advance:
+        for tokens in config.tokens:
+            prompt_1T = ids_T[None, :tokens]
+            row = measure_prefill(models, prompt_1T, bound=bound, repeats=repeats, warmup=warmup)
+            rows.append(row)
+            advance(f"prefill {tokens}")
+        if config.decode_tokens:
+            rows.append(
+                measure_decode(
+                    models,
+                    ids_T[None, :DECODE_PROMPT],
+                    config.decode_tokens,
+                    bound=bound,
+                    repeats=repeats,
+                    warmup=warmup,
+                )
+            )
+            advance("decode")
+    return tuple(rows)
+
+
+def _prompt(converted: ConvertedModel, tokens: int) -> Tensor:
+    documents = read_documents("builtin:held-out", None)
+    tokenizer = converted.dense.tokenizer()
+    windows_WT: Tensor = windows(documents, tokenizer, sequence_length=max(tokens, 2), limit=1)
+    return windows_WT[0]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _summary(result: BenchResult) -> dict[str, Any]:
+    return {
+        "header": result.header.model_dump(),
+        "rows": [row.model_dump() for row in result.rows],
+    }

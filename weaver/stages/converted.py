@@ -1,0 +1,91 @@
+"""Opening the converted model of a run: the assembled one, or the fine-tuned one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from weaver.artifacts.manifest import MANIFEST, InputRef, StageManifest
+from weaver.config import DtypeName
+from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.models.checkpoint import Checkpoint
+from weaver.models.hf import register
+from weaver.models.loading import load_model
+from weaver.stages.parents import open_model
+from weaver.stages.runner import StageContext, parent
+
+
+@dataclass(frozen=True)
+class ConvertedModel:
+    """A converted model on disk and the dense one it came from.
+
+    Args:
+        folder: the Hugging Face model folder.
+        stage: "assemble" or "finetune".
+        manifest: of that stage.
+        ref: reference to that stage.
+        dense: the dense model.
+    """
+
+    folder: Path
+    stage: str
+    manifest: StageManifest
+    ref: InputRef
+    dense: Checkpoint
+
+    def shapes(self) -> list[LayerShape]:
+        """Shape of every converted FFN, from ``config.json``."""
+        register()
+        config = AutoConfig.from_pretrained(self.folder)
+        return [LayerShape(**entry) for entry in config.weaver["layers"]]
+
+    def account(self) -> ModelAccount:
+        """What the conversion costs and saves."""
+        return account_of(self.dense, self.shapes())
+
+    def load(self, dtype: DtypeName) -> PreTrainedModel:
+        """The converted model."""
+        return load_model(self.folder, self.dtype(dtype))
+
+    def load_dense(self, dtype: DtypeName) -> PreTrainedModel:
+        """The dense model, in the same dtype."""
+        return load_model(
+            self.dense.folder,
+            self.dtype(dtype),
+            trust_remote_code=self.dense.model.trust_remote_code,
+        )
+
+    def dtype(self, name: DtypeName) -> torch.dtype:
+        """``auto`` is the dense checkpoint's dtype for both, so that they are compared fairly."""
+        return self.dense.resolve_dtype(name)
+
+
+def open_converted(context: StageContext, *, finetuned: bool = True) -> ConvertedModel:
+    """The fine-tuned model if the run has one and it is wanted, else the assembled one.
+
+    Raises:
+        WeaverError: neither has finished, or the dense model is gone.
+    """
+    stage = "assemble"
+    if finetuned and (context.folder("finetune") / MANIFEST).exists():
+        stage = "finetune"
+    manifest, ref = parent(context.folder(stage), stage)
+    folder = context.folder(stage) / ("model" if stage == "finetune" else "")
+    return ConvertedModel(folder, stage, manifest, ref, open_model(manifest.model))
+
+
+def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount:
+    """What a conversion of a dense model into these shapes costs and saves."""
+    weights = checkpoint.ffn(0, checkpoint.dtype)
+    return ModelAccount(
+        hidden_size=checkpoint.hidden_size,
+        intermediate_size=checkpoint.intermediate_size,
+        total_dense_parameters=checkpoint.total_parameters(),
+        layers=shapes,
+        dense_gate_bias=weights.gate_bias_F is not None,
+        dense_up_bias=weights.up_bias_F is not None,
+        dense_output_bias=weights.output_bias_D is not None,
+    )

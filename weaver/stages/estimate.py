@@ -1,0 +1,61 @@
+"""What a conversion will need of memory and disk, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from weaver.config import RunConfig
+from weaver.methods.registry import get_method
+from weaver.models.checkpoint import Checkpoint
+from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES
+
+# (tokens, F) tensors alive at once while a layer is observed: gate, up, h, the normalised h of the
+# markers, and one temporary of the activation.
+_OBSERVED_TENSORS = 5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes needed by the conversion (without torch and Python themselves, about 400 MB).
+
+    Args:
+        memory: of the stages that go layer by layer.
+        eval_memory: of eval and bench, which hold both models.
+        profile_disk: of the calibrate folder, and again of a sequential partition.
+        model_disk: of the converted model.
+    """
+
+    memory: int
+    eval_memory: int
+    profile_disk: int
+    model_disk: int
+
+
+def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
+    """Estimate a configuration's needs on a model.
+
+    Peak = hidden states (up to the spill limit) + one decoder layer, its FFN twice more in float32
+    for the method + the activations of one batch. The number of samples is taken as one in 200
+    tokens, which sets the size of the per-sample means.
+    """
+    calibrate = config.calibrate
+    D, F, L = checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.num_layers
+    itemsize = checkpoint.resolve_dtype(config.model.dtype).itemsize
+    parameters = checkpoint.total_parameters()
+    layer = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(0))
+    hidden = min(calibrate.tokens * D * itemsize, SPILL_BYTES)
+    batch = min(BATCH_TOKENS, calibrate.tokens) * F * 4 * _OBSERVED_TENSORS
+    samples = max(1, calibrate.tokens // 200)
+    inputs = min(int(calibrate.input_sample_mb * 1e6), calibrate.tokens * D * itemsize)
+    profile = 2 * samples * F * 4 + calibrate.tokens * calibrate.activation_top_k * 4 + inputs
+    spec = get_method(config.partition.method)
+    sequential = config.partition.sequential
+    copies = 2 if (spec.sequential if sequential is None else sequential) else 1
+    eval_itemsize = checkpoint.resolve_dtype(config.eval.dtype).itemsize
+    return Estimate(
+        memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + batch + profile,
+        eval_memory=2 * parameters * eval_itemsize,
+        profile_disk=copies * L * profile + calibrate.tokens * D * itemsize,
+        model_disk=parameters * checkpoint.resolve_dtype(config.assemble.dtype).itemsize,
+    )

@@ -1,0 +1,185 @@
+"""``eval``: what the conversion costs in quality, measured next to the dense model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest, versions
+from weaver.artifacts.results import (
+    EvalResult,
+    LayerUsage,
+    ModelQuality,
+    TaskResult,
+    WindowValues,
+)
+from weaver.artifacts.store import file_digest, values_digest, write_json
+from weaver.config import EvalConfig
+from weaver.data.packing import windows
+from weaver.data.sources import find_path, parse_data_spec, read_documents
+from weaver.evaluation.harness import run_harness
+from weaver.evaluation.perplexity import Comparison, compare
+from weaver.evaluation.tasks import run_task
+from weaver.evaluation.usage import count_usage
+from weaver.stages.converted import ConvertedModel, open_converted
+from weaver.stages.runner import StageContext, StageRun
+
+STAGE = "eval"
+RESULTS = "results.json"
+HARNESS = "harness:"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is evaluated on: windows of text, and task files by the name they were asked by."""
+
+    windows_WT: Tensor
+    task_files: dict[str, Path]
+    refs: dict[str, InputRef]
+
+
+def evaluate(context: StageContext, config: EvalConfig) -> StageManifest:
+    """Measure perplexity, KL, top-1 agreement, expert usage and tasks; write ``results.json``.
+
+    Args:
+        context: run directory, progress, data folder.
+        config: text, windows, tasks.
+
+    Raises:
+        WeaverError: no finished conversion, no such data, or too little text for one window.
+    """
+    converted = open_converted(context)
+    tokenizer = converted.dense.tokenizer()
+    inputs = _read_inputs(context, config, tokenizer)
+    request = StageRequest(
+        stage=STAGE,
+        seed=context.seed,
+        config=config.model_dump(mode="json"),
+        inputs={converted.stage: converted.ref, **inputs.refs},
+    )
+    dtype = str(converted.dtype(config.dtype)).removeprefix("torch.")
+    run = StageRun(context, request, converted.manifest.model, dtype)
+    if run.status == "skip":
+        return run.skipped()
+    run.begin()
+    dense = converted.load_dense(config.dtype)
+    moe = converted.load(config.dtype)
+    count = inputs.windows_WT.shape[0]
+    with context.progress(STAGE, count) as advance, count_usage(moe) as usage:
+        comparison = compare(
+            dense, moe, inputs.windows_WT, on_window=lambda n: advance(f"window {n}")
+        )
+    tasks = {
+        name: _run_tasks(context, config, model, tokenizer, files=inputs.task_files, label=name)
+        for name, model in (("dense", dense), ("moe", moe))
+    }
+    result = _result(request, converted, comparison, usage.summary(), tasks)
+    write_json(run.folder / RESULTS, result.model_dump(mode="json"))
+    return run.finish(_summary(result))
+
+
+def _read_inputs(
+    context: StageContext, config: EvalConfig, tokenizer: PreTrainedTokenizerBase
+) -> _Inputs:
+    documents = [
+        document
+        for text in config.data
+        for document in read_documents(parse_data_spec(text).location, context.data_dir)
+    ]
+    windows_WT = windows(
+        documents, tokenizer, sequence_length=config.sequence_length, limit=config.windows
+    )
+    files = {
+        name: find_path(name, context.data_dir)
+        for name in config.tasks
+        if not name.startswith(HARNESS)
+    }
+    ids = values_digest({"windows_WT": windows_WT})
+    refs = {"data": InputRef(path=", ".join(config.data), digest=ids)}
+    refs |= {
+        f"task {name}": InputRef(path=str(path), digest=file_digest(path))
+        for name, path in files.items()
+    }
+    return _Inputs(windows_WT, files, refs)
+
+
+def _run_tasks(
+    context: StageContext,
+    config: EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    files: dict[str, Path],
+    label: str,
+) -> dict[str, TaskResult]:
+    results: dict[str, TaskResult] = {}
+    for name, path in files.items():
+        with context.progress(f"{label} {path.stem}", config.task_limit or 0) as advance:
+            results[name] = run_task(
+                model,
+                tokenizer,
+                path,
+                limit=config.task_limit,
+                on_item=lambda n, advance=advance: advance(f"item {n}"),  # type: ignore[misc]
+            )
+    harness = [name.removeprefix(HARNESS) for name in config.tasks if name.startswith(HARNESS)]
+    if harness:
+        results |= run_harness(model, tokenizer, harness, limit=config.task_limit)
+    return results
+
+
+def _result(
+    request: StageRequest,
+    converted: ConvertedModel,
+    comparison: Comparison,
+    usage: tuple[LayerUsage, ...],
+    tasks: dict[str, dict[str, TaskResult]],
+) -> EvalResult:
+    account = converted.account()
+    return EvalResult(
+        dense=ModelQuality(
+            perplexity=comparison.dense.perplexity,
+            ffn_flops_per_token=account.dense_ffn_flops,
+            tasks=tasks["dense"],
+        ),
+        moe=ModelQuality(
+            perplexity=comparison.moe.perplexity,
+            ffn_flops_per_token=account.ffn_flops,
+            tasks=tasks["moe"],
+        ),
+        kl=comparison.kl,
+        top1_agreement=comparison.top1_agreement,
+        tokens=comparison.tokens,
+        sequence_length=request.config["sequence_length"],
+        ffn_sparsity=account.ffn_sparsity,
+        dense_parameters=account.total_dense_parameters,
+        total_parameters=account.total_parameters,
+        active_parameters=account.active_parameters,
+        windows=WindowValues(
+            dense_nll=comparison.dense.nll,
+            moe_nll=comparison.moe.nll,
+            kl=comparison.kl_per_window,
+            top1_agreement=comparison.top1_per_window,
+        ),
+        expert_usage=usage,
+        config=request.config,
+        versions=versions(),
+        digests={name: ref.digest for name, ref in request.inputs.items()}
+        | {"dense": converted.manifest.model.digest},
+    )
+
+
+def _summary(result: EvalResult) -> dict[str, Any]:
+    return {
+        "dense_perplexity": result.dense.perplexity,
+        "moe_perplexity": result.moe.perplexity,
+        "kl": result.kl,
+        "top1_agreement": result.top1_agreement,
+        "ffn_sparsity": result.ffn_sparsity,
+        "active_parameters": result.active_parameters,
+        "total_parameters": result.total_parameters,
+    }

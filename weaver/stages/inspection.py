@@ -1,0 +1,85 @@
+"""``inspect``: what a run directory holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from weaver.artifacts.manifest import MANIFEST, StageManifest, read_manifest
+from weaver.artifacts.store import file_digest
+from weaver.errors import WeaverError
+from weaver.stages.runner import REQUEST, STAGE_FOLDERS, check_outputs, stage_command
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage of a run directory.
+
+    Args:
+        stage: its name.
+        folder: its folder.
+        state: "complete", "unfinished" or "damaged".
+        note: files so far, or what is damaged.
+        manifest: of a complete stage.
+        size: bytes on disk.
+    """
+
+    stage: str
+    folder: Path
+    state: str
+    note: str
+    manifest: StageManifest | None
+    size: int
+
+
+def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:
+    """The stages that a run directory holds.
+
+    Args:
+        run_dir: the run directory.
+        verify: compute every file's digest again and compare; otherwise only lengths are checked.
+
+    Raises:
+        WeaverError: the folder does not exist or holds no stage.
+    """
+    states = [
+        _inspect(stage, run_dir / name, verify=verify)
+        for stage, name in STAGE_FOLDERS.items()
+        if (run_dir / name / REQUEST).exists() or (run_dir / name / MANIFEST).exists()
+    ]
+    if not states:
+        raise WeaverError(
+            f"{run_dir}: no run directory",
+            why=f"a run directory holds one of the folders {', '.join(STAGE_FOLDERS.values())}",
+            fix=f"weaver run configs/demo.yaml --run-dir {run_dir}",
+        )
+    return states
+
+
+def _inspect(stage: str, folder: Path, *, verify: bool) -> StageState:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    if not (folder / MANIFEST).exists():
+        layers = sum(path.name.startswith("layer_") for path in folder.iterdir())
+        note = f"{layers} layers so far; rerun {stage_command(stage, folder.parent)}"
+        return StageState(stage, folder, "unfinished", note, None, size)
+    command = stage_command(stage, folder.parent)
+    try:
+        manifest = read_manifest(folder, rebuild=command)
+        check_outputs(folder, manifest, command=command)
+        if verify:
+            _verify(folder, manifest, command)
+    except WeaverError as error:
+        return StageState(stage, folder, "damaged", f"{error.what}; fix: {error.fix}", None, size)
+    return StageState(stage, folder, "complete", "", manifest, size)
+
+
+def _verify(folder: Path, manifest: StageManifest, command: str) -> None:
+    for name, digest in manifest.outputs.items():
+        found = file_digest(folder / name)
+        if found != digest:
+            raise WeaverError(
+                f"{folder / name}: digest {found[:12]} instead of {digest[:12]}",
+                why="the file changed after the stage was finished",
+                fix=f"{command} --force",
+            )

@@ -1,0 +1,125 @@
+"""Opening what earlier stages left: the chain partition > calibrate > model, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
+from weaver.artifacts.store import read_record
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+from weaver.config import CalibrateConfig, ModelConfig
+from weaver.errors import WeaverError
+from weaver.models.checkpoint import DTYPES, Checkpoint
+from weaver.stages.runner import layer_path, parent
+
+PROFILE_FOLDER = "profile"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A finished calibrate stage and the model it belongs to."""
+
+    folder: Path
+    manifest: StageManifest
+    ref: InputRef
+    checkpoint: Checkpoint
+
+    @property
+    def config(self) -> CalibrateConfig:
+        values = {k: v for k, v in self.manifest.request.config.items() if k != "dtype"}
+        return CalibrateConfig.model_validate(values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.manifest.dtype]
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self.manifest.model
+
+    def profile(self, layer: int) -> LayerProfile:
+        """Profile of one layer on the dense model's hidden states."""
+        return read_record(layer_path(self.folder, layer), LayerProfile)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A finished partition stage and its calibration."""
+
+    folder: Path
+    manifest: StageManifest
+    ref: InputRef
+    calibration: Calibration
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the layers were profiled behind converted layers."""
+        return bool(self.manifest.request.config["sequential"])
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Layout of one layer."""
+        return read_record(layer_path(self.folder, layer), ExpertLayout)
+
+    def profile(self, layer: int) -> LayerProfile:
+        """The profile that the layout was made from."""
+        if not self.sequential:
+            return self.calibration.profile(layer)
+        return read_record(layer_path(self.folder / PROFILE_FOLDER, layer), LayerProfile)
+
+
+def open_calibration(folder: Path) -> Calibration:
+    """Open a finished calibrate stage.
+
+    Raises:
+        WeaverError: it has not finished, or its model or tokenizer has changed since.
+    """
+    manifest, ref = parent(folder, "calibrate")
+    known = manifest.model
+    checkpoint = open_model(known)
+    found = checkpoint.identity(known)
+    for what, before, now in (
+        ("model", known.digest, found.digest),
+        ("tokenizer", known.tokenizer_digest, found.tokenizer_digest),
+    ):
+        if before != now:
+            raise WeaverError(
+                f"{folder}: profile of another {what}, digest {before[:12]} instead of {now[:12]}",
+                why=f"the {what} in {known.folder} changed after the calibration",
+                fix=f"weaver calibrate {known.path} --run-dir {folder.parent} --force",
+            )
+    return Calibration(folder, manifest, ref, checkpoint)
+
+
+def open_model(identity: ModelIdentity) -> Checkpoint:
+    """The dense model that an artifact was made from."""
+    return Checkpoint(
+        ModelConfig(path=identity.folder, trust_remote_code=identity.trust_remote_code)
+    )
+
+
+def open_partition(folder: Path) -> Partition:
+    """Open a finished partition stage, and the calibration it names.
+
+    Raises:
+        WeaverError: either has not finished, or the calibration changed after the partition.
+    """
+    manifest, ref = parent(folder, "partition")
+    named = manifest.request.inputs["calibrate"]
+    calibration = open_calibration(Path(named.path))
+    if calibration.ref.digest != named.digest:
+        raise WeaverError(
+            f"{folder}: made from another calibration than {named.path} holds now",
+            why="calibrate ran again after partition",
+            fix=f"weaver partition --run-dir {folder.parent} --force",
+        )
+    return Partition(folder, manifest, ref, calibration)
+
+
+def read_router(folder: Path, layer: int, layout: ExpertLayout) -> Router | None:
+    """Router of one layer; None for a static layer."""
+    if layout.num_routed_experts == 0:
+        return None
+    return read_record(layer_path(folder, layer), Router)

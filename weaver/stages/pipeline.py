@@ -1,0 +1,101 @@
+"""``run``: every stage of one configuration, and what a run would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from weaver.artifacts.manifest import MANIFEST, StageManifest
+from weaver.config import RunConfig
+from weaver.errors import WeaverError
+from weaver.stages.assemble import assemble
+from weaver.stages.bench import bench
+from weaver.stages.build_router import build_routers
+from weaver.stages.calibrate import calibrate
+from weaver.stages.evaluate import evaluate
+from weaver.stages.finetune import finetune
+from weaver.stages.partition import partition
+from weaver.stages.runner import StageContext, WouldRun
+
+StageCall = Callable[[StageContext], StageManifest]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a dry run found for one stage.
+
+    Args:
+        stage: its name.
+        status: "run", "resume", "skip" or "refuse".
+        note: why it is refused, or which stage it follows.
+    """
+
+    stage: str
+    status: str
+    note: str = ""
+
+
+def stage_calls(config: RunConfig, calibration: Path | None = None) -> dict[str, StageCall]:
+    """The stages of a configuration in their order.
+
+    Args:
+        config: the whole configuration.
+        calibration: a calibrate folder of another run, which replaces this run's own.
+    """
+    split = config.partition
+    if split.propagate_router is None and config.router.kind is not None:
+        split = split.model_copy(update={"propagate_router": config.router.kind})
+    calls: dict[str, StageCall] = {}
+    if calibration is None:
+        calls["calibrate"] = lambda context: calibrate(context, config.model, config.calibrate)
+    calls["partition"] = lambda context: partition(context, split, calibration)
+    calls["build-router"] = lambda context: build_routers(context, config.router)
+    calls["assemble"] = lambda context: assemble(context, config.assemble)
+    if config.finetune is not None:
+        settings = config.finetune
+        calls["finetune"] = lambda context: finetune(context, settings)
+    calls["eval"] = lambda context: evaluate(context, config.eval)
+    calls["bench"] = lambda context: bench(context, config.bench)
+    return calls
+
+
+def run_pipeline(
+    context: StageContext,
+    calls: dict[str, StageCall],
+    on_stage: Callable[[str, StageManifest], None],
+) -> None:
+    """Run the stages in order; finished ones are skipped, unfinished ones go on.
+
+    Raises:
+        WeaverError: the first error of a stage; what was finished stays.
+    """
+    for stage, call in calls.items():
+        on_stage(stage, call(context))
+
+
+def plan_pipeline(context: StageContext, calls: dict[str, StageCall]) -> list[PlannedStage]:
+    """What ``run_pipeline`` would do, without writing anything."""
+    dry = replace(context, dry_run=True)
+    plan: list[PlannedStage] = []
+    for stage, call in calls.items():
+        before = plan[-1] if plan else None
+        if before is not None and before.status == "refuse":
+            plan.append(PlannedStage(stage, "refuse", f"{before.stage} is refused"))
+        elif before is not None and before.status != "skip":
+            complete = (context.folder(stage) / MANIFEST).exists() and not context.force
+            note = "would be compared with what is there" if complete else ""
+            plan.append(PlannedStage(stage, "run", f"after {before.stage}; {note}".rstrip("; ")))
+        else:
+            plan.append(_plan_stage(dry, stage, call))
+    return plan
+
+
+def _plan_stage(context: StageContext, stage: str, call: StageCall) -> PlannedStage:
+    try:
+        call(context)
+    except WouldRun as would:
+        return PlannedStage(stage, would.status)
+    except WeaverError as error:
+        return PlannedStage(stage, "refuse", f"{error.what} ({error.fix})")
+    return PlannedStage(stage, "skip")

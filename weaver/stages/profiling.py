@@ -1,0 +1,134 @@
+"""Collecting layer profiles along a stream of hidden states that survives a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from weaver.algorithms.glu import GluWeights
+from weaver.algorithms.statistics import LayerStatistics, input_rows, sample_positions
+from weaver.artifacts.store import check_tensors_file, read_tensors, write_tensors
+from weaver.artifacts.types import LayerProfile
+from weaver.config import CalibrateConfig
+from weaver.data.packing import PackedTokens
+from weaver.errors import WeaverError
+from weaver.models.stream import DecoderStream, DenseFfn
+
+HIDDEN_STATES = "hidden_states.safetensors"
+
+
+class ResumableStream:
+    """Hidden states in front of the next layer, and a copy on disk to go on from.
+
+    The copy is a cache: a missing or older one is made up for by running the layers in between
+    again, with the same operations and so to the same bits.
+
+    Args:
+        stream: the decoder.
+        folder: where the copy lies.
+        ffn: the FFN that carries the hidden states past a finished layer.
+    """
+
+    def __init__(
+        self, stream: DecoderStream, folder: Path, ffn: Callable[[int], nn.Module]
+    ) -> None:
+        self.stream = stream
+        self.folder = folder
+        self.ffn = ffn
+        self.hidden_WTD = torch.empty(0)
+        self.next_layer = -1
+
+    def seek(self, layer: int) -> None:
+        """Bring the hidden states in front of a layer."""
+        if self.next_layer < 0:
+            self._restore(layer)
+        while self.next_layer < layer:
+            self.advance(self.ffn(self.next_layer))
+
+    def advance(self, ffn: nn.Module) -> None:
+        """Run the next layer with the given FFN and step past it."""
+        self.stream.run(self.next_layer, ffn, self.hidden_WTD, write=True)
+        self.next_layer += 1
+
+    def observe(self, ffn: nn.Module) -> None:
+        """Run the next layer with the given FFN, but stay in front of it."""
+        self.stream.run(self.next_layer, ffn, self.hidden_WTD, write=False)
+
+    def save(self) -> None:
+        """Write the copy."""
+        write_tensors(
+            self.folder / HIDDEN_STATES,
+            {"hidden_WTD": self.hidden_WTD},
+            {"next_layer": self.next_layer},
+        )
+
+    def discard(self) -> None:
+        """Remove the copy once the stage is complete."""
+        (self.folder / HIDDEN_STATES).unlink(missing_ok=True)
+        (self.folder / "hidden_states.bin").unlink(missing_ok=True)
+
+    def _restore(self, layer: int) -> None:
+        path = self.folder / HIDDEN_STATES
+        if path.exists():
+            try:
+                check_tensors_file(path)
+                tensors, metadata = read_tensors(path)
+            except WeaverError:
+                path.unlink()
+            else:
+                if metadata["next_layer"] <= layer:
+                    self.stream.prepare()
+                    self.hidden_WTD, self.next_layer = tensors["hidden_WTD"], metadata["next_layer"]
+                    return
+        self.hidden_WTD, self.next_layer = self.stream.embed(self.folder), 0
+
+
+class Profiler:
+    """Makes the ``LayerProfile`` of the layer a stream stands in front of.
+
+    Args:
+        packed: the calibration tokens.
+        config: which statistics are kept.
+        dtype: dtype of the stream, which FFN inputs are kept in.
+        seed: decides which FFN inputs are kept.
+    """
+
+    def __init__(
+        self, packed: PackedTokens, config: CalibrateConfig, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.packed = packed
+        self.config = config
+        self.dtype = dtype
+        self.seed = seed
+
+    def observe(self, stream: ResumableStream, weights: GluWeights) -> LayerProfile:
+        """Profile the layer without moving on."""
+        return self._profile(weights, stream.observe)
+
+    def advance(self, stream: ResumableStream, weights: GluWeights) -> LayerProfile:
+        """Profile the dense layer and step past it in the same pass."""
+        return self._profile(weights, stream.advance)
+
+    def _profile(self, weights: GluWeights, run: Callable[[nn.Module], None]) -> LayerProfile:
+        ids_T = self.packed.sample_ids_WT.reshape(-1)
+        rows = input_rows(self.config.input_sample_mb, weights.hidden_size, self.dtype)
+        generator = torch.Generator().manual_seed(self.seed)
+        statistics = LayerStatistics(
+            weights,
+            self.packed.sample_groups_M.numel(),
+            self.config.activation_top_k,
+            sample_positions(ids_T.numel(), rows, generator),
+        )
+        seen = 0
+
+        def observer(x_TD: Tensor) -> None:
+            nonlocal seen
+            tokens = x_TD.shape[0]
+            statistics.update(x_TD, ids_T[seen : seen + tokens])
+            seen += tokens
+
+        run(DenseFfn(weights, observer))
+        return statistics.finish(self.packed.sample_groups_M)

@@ -1,0 +1,1 @@
+"""Short fine-tuning of a converted model: batches, load balance, loop, checkpoints."""

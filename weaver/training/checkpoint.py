@@ -1,0 +1,171 @@
+"""Training checkpoints: one safetensors file, replaced as a whole, without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weaver.artifacts.store import read_tensors, write_tensors
+from weaver.errors import WeaverError
+
+_PATTERN = "step-*.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a training step changes.
+
+    Args:
+        parameters: the trained parameters by name.
+        buffers: the buffers that training changes (balance biases) by name.
+        optimizer: its state is kept per parameter.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    buffers: Mapping[str, Tensor]
+    optimizer: Optimizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat copy-free view: ``parameter/NAME``, ``buffer/NAME``, ``optimizer/KEY/NAME``."""
+        flat = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
+        flat |= {f"buffer/{name}": b for name, b in self.buffers.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                flat[f"optimizer/{key}/{name}"] = value
+        return flat
+
+    def load(self, flat: Mapping[str, Tensor]) -> None:
+        """Inverse of ``tensors()``, in place.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape, or belongs to no parameter.
+        """
+        moments = self._moments(flat)
+        current: dict[str, Tensor] = {f"parameter/{n}": p for n, p in self.parameters.items()}
+        current |= {f"buffer/{name}": b for name, b in self.buffers.items()}
+        for key, target in current.items():
+            if key not in flat or flat[key].shape != target.shape:
+                raise ValueError(f"{key} is missing or has another shape")
+        surplus = {key for key in flat if not key.startswith("optimizer/")} - current.keys()
+        if surplus:
+            raise ValueError(f"{min(surplus)} is not in the model")
+        # Everything is checked before anything is written: a refused file leaves the model alone.
+        with torch.no_grad():
+            for key, target in current.items():
+                target.copy_(flat[key])
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = _moments_like(moments[name], parameter)
+
+    def _moments(self, flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Optimizer state by parameter name, then by key."""
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        for key, value in flat.items():
+            if not key.startswith("optimizer/"):
+                continue
+            _, moment, name = key.split("/", 2)
+            if name not in moments:
+                raise ValueError(f"{key} belongs to no trained parameter")
+            if value.ndim and value.shape != self.parameters[name].shape:
+                raise ValueError(f"{key} has another shape than its parameter")
+            moments[name][moment] = value
+        return moments
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come: the loss of every step done, and the seconds they took."""
+
+    losses: tuple[float, ...]
+    seconds: float
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+def save_checkpoint(
+    folder: Path, state: TrainingState, progress: Progress, settings: Mapping[str, Any]
+) -> Path:
+    """Write ``step-N.safetensors``, then remove the older ones.
+
+    The file appears under its name only when it is complete on disk; until then the older one
+    stays, so that there is a usable checkpoint at any moment.
+
+    Raises:
+        WeaverError: the folder cannot be written.
+    """
+    path = folder / f"step-{progress.step:08d}.safetensors"
+    tensors = state.tensors()
+    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
+    write_tensors(path, tensors, {"settings": dict(settings), "seconds": progress.seconds})
+    for other in folder.glob(_PATTERN):
+        if other != path:
+            other.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path, state: TrainingState, settings: Mapping[str, Any]) -> Progress:
+    """Load the newest checkpoint into ``state``; nothing there means nothing done.
+
+    Raises:
+        WeaverError: the file is damaged, was written with other settings, or for another model.
+    """
+    paths = sorted(folder.glob(_PATTERN))
+    if not paths:
+        return Progress((), 0.0)
+    path = paths[-1]
+    fix = f"delete {path} and rerun the same command: it then starts at step 0"
+    tensors, metadata = read_tensors(path, rebuild=fix)
+    _check_settings(path, metadata.get("settings", {}), settings)
+    losses = tensors.pop("losses", None)
+    try:
+        if losses is None:
+            raise ValueError("losses is missing")
+        state.load(tensors)
+    except ValueError as error:
+        raise WeaverError(
+            f"{path}: does not fit the model that is being trained", why=str(error), fix=fix
+        ) from error
+    return Progress(tuple(losses.tolist()), float(metadata["seconds"]))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished training, and the folder if it is then empty."""
+    for path in folder.glob(_PATTERN):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def windows_digest(windows_WT: Tensor) -> str:
+    """SHA-256 of the training windows (shape and token ids)."""
+    digest = hashlib.sha256(repr(tuple(windows_WT.shape)).encode())
+    digest.update(windows_WT.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    keys = sorted({*found, *wanted})
+    differing = [key for key in keys if found.get(key) != wanted.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} {found.get(key)} -> {wanted.get(key)}" for key in differing)
+        raise WeaverError(
+            f"{path}: written with other settings ({changes})",
+            why="a resumed training must equal an undisturbed one",
+            fix=f"restore the settings, or delete {path} to start at step 0",
+        )
+
+
+def _moments_like(moments: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Copies on the parameter's device; the step counter stays on the CPU, where AdamW keeps it."""
+    return {
+        key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+        for key, value in moments.items()
+    }
