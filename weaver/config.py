@@ -152,22 +152,41 @@ def load_section(
         section: its type.
         name: its key in the file.
         path: a YAML file, or None.
-        overrides: ``section.key=value`` texts; those of other sections are not looked at.
+        overrides: ``section.key=value`` texts; the values of other sections are not looked at.
         flags: values of command-line flags; None means not given.
 
     Raises:
         WeaverError: as ``load_run_config``.
     """
-    raw = _read_yaml(path, overrides).get(name) or {}
+    file = _read_yaml(path, overrides)
+    _check_sections(file, path)
+    raw = file.get(name) or {}
+    if not isinstance(raw, dict):
+        raise WeaverError(
+            f"{path or name}: section {name} is a {type(raw).__name__}, not a mapping",
+            why=f"known keys are {', '.join(section.model_fields)}",
+            fix=f"write {name}: and indented key: value lines",
+        )
     given = {key: value for key, value in flags.items() if value is not None}
     return parse_config(section, {**raw, **given}, source=str(path or f"{name} flags"))
 
 
 def load_seed(path: Path | None, flag: int | None) -> int:
-    """The seed: the flag, else the file's, else 0."""
+    """The seed: the flag, else the file's, else 0.
+
+    Raises:
+        WeaverError: the file is missing or not YAML, or its seed is no integer.
+    """
     if flag is not None:
         return flag
-    return int(_read_yaml(path, ()).get("seed", 0))
+    seed = _read_yaml(path, ()).get("seed", 0)
+    if not isinstance(seed, int):
+        raise WeaverError(
+            f"{path}: seed {seed!r} is not an integer",
+            why="the seed is the root of all randomness",
+            fix="seed: 0, or --seed 0",
+        )
+    return seed
 
 
 def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -180,8 +199,8 @@ def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
                 fix="weaver run configs/demo.yaml --run-dir runs/demo",
             )
         try:
-            raw = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise WeaverError(
                 f"{path}: not valid YAML", why=str(error), fix=f"mend {path}"
             ) from error
@@ -191,11 +210,27 @@ def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
             why="the top level is a mapping with the keys model, calibrate, partition, ...",
             fix="start from configs/demo.yaml",
         )
-    if isinstance(raw.get("model"), str):
-        raw["model"] = {"path": raw["model"]}
+    _expand_model(raw)
     for override in overrides:
         _apply_override(raw, override)
+        _expand_model(raw)
     return raw
+
+
+def _expand_model(raw: dict[str, Any]) -> None:
+    """``model: NAME`` is short for ``model: {path: NAME}``."""
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"path": raw["model"]}
+
+
+def _check_sections(raw: dict[str, Any], path: Path | None) -> None:
+    unknown = ", ".join(sorted(str(key) for key in raw.keys() - RunConfig.model_fields.keys()))
+    if unknown:
+        raise WeaverError(
+            f"{path or 'overrides'}: no section is called {unknown}",
+            why=f"known sections are {', '.join(RunConfig.model_fields)}",
+            fix="change or remove the named keys",
+        )
 
 
 def parse_config(section: type[S], values: dict[str, Any], *, source: str) -> S:
@@ -233,4 +268,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             child = target[name] = {}
         target = child
-    target[key] = yaml.safe_load(value)
+    try:
+        target[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise WeaverError(
+            f"override {override!r}: the value is not YAML",
+            why=" ".join(str(error).split()),
+            fix="--set partition.sparsity=0.5",
+        ) from error

@@ -122,9 +122,10 @@ def _seed_centroids(points_FM: Tensor, num_clusters: int, generator: torch.Gener
     Of several candidates the one that lowers the total distance most becomes the next seed.
     """
     trials = 2 + int(math.log(num_clusters))
-    square_F1 = points_FM.square().sum(1, keepdim=True)
+    square_F1 = torch.linalg.vector_norm(points_FM, dim=1, keepdim=True).square()
     chosen = [int(torch.randint(points_FM.shape[0], (1,), generator=generator))]
-    nearest_F = (points_FM - points_FM[chosen[0]]).square().sum(1)
+    nearest_F = square_F1[:, 0] + _relative_distances(points_FM, points_FM[chosen])[:, 0]
+    nearest_F = nearest_F.clamp_min(0.0)
     for _ in range(1, num_clusters):
         # Where only copies of the seeds are left, any point is as good as another.
         weight_F = nearest_F if bool(nearest_F.sum() > 0) else torch.ones_like(nearest_F)

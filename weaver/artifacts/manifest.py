@@ -31,8 +31,8 @@ class ModelIdentity(BaseModel):
         model_type: ``config.model_type``.
         digest: over the configuration and every weight file.
         tokenizer_digest: over the tokenizer's files.
-        files: size and modification time of each weight file, so that an unchanged file is not
-            read again just to compute the same digest.
+        files: size and modification time of each weight file and of ``config.json``, so that
+            unchanged files are not read again just to compute the same digest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -138,7 +138,8 @@ def read_manifest(folder: Path, *, rebuild: str) -> StageManifest:
     """
     path = folder / MANIFEST
     raw = read_json(path, rebuild=rebuild)
-    found = raw.get("request", {}).get("schema_version") if isinstance(raw, dict) else None
+    request = raw.get("request") if isinstance(raw, dict) else None
+    found = request.get("schema_version") if isinstance(request, dict) else None
     if found != SCHEMA_VERSION:
         raise WeaverError(
             f"{path}: schema version {found}",

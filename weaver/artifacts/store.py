@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,9 @@ from weaver.errors import WeaverError
 # safetensors files with two or more metadata keys are not byte-stable between processes (the header
 # is written in hash order), so everything goes into one key as canonical JSON.
 METADATA_KEY = "weaver"
+
+# What reading a header trips over when its bytes are not those that were written.
+_HEADER_ERRORS = (ValueError, LookupError, TypeError, AttributeError, struct.error, OSError)
 
 RecordT = TypeVar("RecordT", bound=TensorRecord)
 
@@ -48,7 +51,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where even the folder cannot be made, there is nothing to remove either.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_error(path: Path, error: Exception) -> WeaverError:
@@ -65,7 +70,7 @@ def write_error(path: Path, error: Exception) -> WeaverError:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,7 +85,7 @@ def read_json(path: Path, *, rebuild: str) -> Any:
         WeaverError: the file is missing or damaged; ``rebuild`` is the command that makes it.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeaverError(f"{path}: missing", why="the stage has not run", fix=rebuild) from error
     except (OSError, ValueError) as error:
@@ -110,7 +115,11 @@ def read_tensors(path: Path, *, rebuild: str = "") -> tuple[dict[str, Tensor], d
         WeaverError: the file is missing, truncated or not safetensors.
     """
     check_tensors_file(path, rebuild=rebuild)
-    return load_file(path), _read_header(path)[1]
+    try:
+        return load_file(path), _read_header(path)[1]
+    except (SafetensorError, *_HEADER_ERRORS) as error:
+        fix = rebuild or f"delete {path} and rerun the stage that writes it"
+        raise WeaverError(f"{path}: damaged", why=str(error), fix=fix) from error
 
 
 def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
@@ -125,7 +134,7 @@ def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
     try:
         header, _, start = _read_header_and_start(path)
         ends = [entry["data_offsets"][1] for entry in header.values()]
-    except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
+    except _HEADER_ERRORS as error:
         raise WeaverError(f"{path}: damaged header", why=str(error), fix=fix) from error
     expected, actual = start + max(ends, default=0), path.stat().st_size
     if actual != expected:
@@ -154,9 +163,9 @@ def values_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the sorted (name, dtype, shape, bytes) of tensors in memory."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name]
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -103,6 +103,8 @@ class ExpertLayout(TensorRecord):
     output_bias_D: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.shared_S.dim() != 1 or self.experts_EN.dim() != 2:
+            raise ValueError("shared_S is a vector, experts_EN a matrix")
         neurons = self.permutation
         if neurons.numel() == 0:
             raise ValueError("layout holds no neuron")
@@ -176,3 +178,5 @@ class Router(TensorRecord):
         experts = self.weight_ED.shape[0]
         if self.scale_E.shape != (experts,) or self.balance_bias_E.shape != (experts,):
             raise ValueError("scale and balance bias need one value per expert")
+        if self.up_weight_ED is not None and self.up_weight_ED.shape != self.weight_ED.shape:
+            raise ValueError("weight_ED and up_weight_ED differ in shape")

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import weaver
 from weaver.data.hub import hub_rows
 from weaver.errors import WeaverError
 
@@ -144,7 +143,7 @@ def _builtin_folder(location: str) -> Path:
             why=f"built in are {', '.join(f'builtin:{known}' for known in BUILTIN)}",
             fix="--data builtin:calibration",
         )
-    return Path(weaver.__file__).parent / "resources" / "corpus" / BUILTIN[name]
+    return Path(__file__).parents[1] / "resources" / "corpus" / BUILTIN[name]
 
 
 def find_path(location: str, data_dir: Path | None) -> Path:

@@ -46,11 +46,12 @@ def grouped_forward(x_TD: Tensor, weights: GluWeights, routing: Routing, num_sha
     """The same as ``masked_forward``, computing only the chosen experts.
 
     Tokens are sorted by expert once; each expert is a GEMM on row slices of the stored weights.
-    Accumulation over experts is in float32 when the inputs are 16-bit.
+    Accumulation over experts is in float32 when the inputs are 16-bit, else in their own dtype.
     """
     tokens, top_k = routing.ids_TK.shape
     width = (weights.intermediate_size - num_shared) // routing.num_experts
-    y_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared)).float()
+    accumulator = torch.promote_types(x_TD.dtype, torch.float32)
+    y_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared)).to(accumulator)
     flat_ids = routing.ids_TK.reshape(-1)
     order = flat_ids.argsort(stable=True)
     counts = torch.bincount(flat_ids, minlength=routing.num_experts).tolist()
@@ -63,7 +64,7 @@ def grouped_forward(x_TD: Tensor, weights: GluWeights, routing: Routing, num_sha
         picked = rows[start : start + count]
         begin = num_shared + expert * width
         expert_weights = slice_neurons(weights, begin, begin + width, output_bias=False)
-        out = glu_forward(x_TD[picked], expert_weights).float()
+        out = glu_forward(x_TD[picked], expert_weights).to(accumulator)
         y_TD = y_TD.index_add(0, picked, out * factors[start : start + count, None])
         start += count
     assert start == tokens * top_k

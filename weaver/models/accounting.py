@@ -70,14 +70,17 @@ class LayerShape:
         return self.num_shared_neurons + self.num_experts_per_tok * self.moe_intermediate_size
 
     def parameters(self, hidden_size: int, *, active: bool) -> int:
-        """Parameters stored (or read per token): FFN rows, biases, router."""
+        """Parameters stored (or read per token): FFN rows, biases, router matrices and scales.
+
+        The balance bias is a buffer, so that the sum is that over ``model.parameters()``.
+        """
         neurons = self.active_neurons if active else self.total_neurons
         per_neuron = 3 * hidden_size + self.gate_bias + self.up_bias
         return (
             neurons * per_neuron
             + self.output_bias * hidden_size
             + self._router_matrices * self.n_routed_experts * hidden_size
-            + (2 * self.n_routed_experts if self.router_kind else 0)
+            + (self.n_routed_experts if self.router_kind else 0)
         )
 
     def flops(self, hidden_size: int) -> int:

@@ -18,7 +18,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.manifest import ModelIdentity
-from weaver.artifacts.store import canonical_json, check_tensors_file, file_digest, text_digest
+from weaver.artifacts.store import (
+    canonical_json,
+    check_tensors_file,
+    file_digest,
+    read_json,
+    text_digest,
+)
 from weaver.config import DtypeName, ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.families import Family, activation_name, find_family
@@ -30,6 +36,10 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Early Llama checkpoints store the rotary frequencies, which transformers derives from the config.
+_DERIVED = ".rotary_emb.inv_freq"
+# The same weights once more, in the layout of the vendor's own code.
+_HUB_DUPLICATES = ["consolidated*", "original/*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -45,6 +55,7 @@ class Checkpoint:
         self.folder = _resolve(model)
         self.config: PreTrainedConfig = self._load_config()
         self.family: Family = find_family(self.config.model_type, model=model.path)
+        self._check_not_quantised()
         self.activation = activation_name(
             getattr(self.config, self.family.activation_field), model=model.path
         )
@@ -171,14 +182,15 @@ class Checkpoint:
         """Digests of the weights and the tokenizer.
 
         Args:
-            known: an earlier identity; if sizes and times agree, its digest is taken over.
+            known: an earlier identity; if the sizes and times of the weight files and of
+                ``config.json`` agree, its digest is taken over.
         """
         files = {
             path.name: (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(set(self._files.values()))
+            for path in [*sorted(set(self._files.values())), self.folder / "config.json"]
         }
         unchanged = known is not None and known.files == files and known.folder == str(self.folder)
-        digest = known.digest if known is not None and unchanged else self._digest(files)
+        digest = known.digest if known is not None and unchanged else self._digest()
         return ModelIdentity(
             path=self.model.path,
             folder=str(self.folder),
@@ -190,9 +202,9 @@ class Checkpoint:
             files=files,
         )
 
-    def _digest(self, files: dict[str, tuple[int, int]]) -> str:
+    def _digest(self) -> str:
         config = {k: v for k, v in self.config.to_dict().items() if k != "transformers_version"}
-        weights = {name: file_digest(self.folder / name) for name in files}
+        weights = {path.name: file_digest(path) for path in set(self._files.values())}
         return text_digest(canonical_json([json.loads(json.dumps(config, default=str)), weights]))
 
     def _tokenizer_digest(self) -> str:
@@ -205,6 +217,9 @@ class Checkpoint:
 
     def _load_config(self) -> PreTrainedConfig:
         try:
+            raw, _ = PreTrainedConfig.get_config_dict(self.folder)
+            # Before AutoConfig, which knows neither converted types nor types of the future.
+            find_family(str(raw.get("model_type")), model=self.model.path)
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.model.trust_remote_code
             )
@@ -217,11 +232,13 @@ class Checkpoint:
             ) from error
 
     def _index(self) -> dict[str, Path]:
-        files = sorted(self.folder.glob("*.safetensors"))
+        single = self.folder / "model.safetensors"
         index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-            files = [self.folder / name for name in sorted(wanted)]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            files = [self.folder / name for name in _indexed_files(index, self.model.path)]
         if not files:
             raise WeaverError(
                 f"{self.folder}: no *.safetensors file",
@@ -235,11 +252,12 @@ class Checkpoint:
             check_tensors_file(path, rebuild=f"fetch {path.name} of {self.model.path} again")
             try:
                 with safe_open(path, framework="pt") as handle:
-                    yield from ((name, path) for name in handle.keys())  # noqa: SIM118
+                    names = handle.keys()
             except SafetensorError as error:
                 raise WeaverError(
                     f"{path}: damaged", why=str(error), fix=f"fetch {path.name} again"
                 ) from error
+            yield from ((name, path) for name in names if not name.endswith(_DERIVED))
 
     def _check_ffn_names(self) -> None:
         for part in (self.family.gate, self.family.up, self.family.down):
@@ -252,6 +270,16 @@ class Checkpoint:
                     fix="pass the whole causal language model, or mend the row in "
                     "weaver/models/families.py",
                 )
+
+    def _check_not_quantised(self) -> None:
+        quantisation = getattr(self.config, "quantization_config", None)
+        if quantisation is not None:
+            method = dict(quantisation).get("quant_method", "unnamed")
+            raise WeaverError(
+                f"{self.model.path}: quantised weights, quant_method {method!r}",
+                why="an FFN is split by the values of its weights, which lie packed here",
+                fix="pass the model's bf16, fp16 or fp32 release, or a .gguf file",
+            )
 
     def _ffn_prefix(self, layer: int) -> str:
         return f"{self.layer_prefix(layer)}{self.family.ffn}."
@@ -268,7 +296,8 @@ def _resolve(model: ModelConfig) -> Path:
         return dequantise(path, _cache_folder() / f"gguf-{file_digest(path)[:16]}")
     if path.is_dir():
         return path.resolve()
-    looks_local = path.suffix or path.is_absolute() or model.path.count("/") != 1
+    # A hub name may hold dots (Qwen/Qwen2.5-7B), so a suffix alone does not make it a path.
+    looks_local = path.suffix == ".gguf" or path.is_absolute() or model.path.count("/") != 1
     if looks_local or path.parent.is_dir():
         raise WeaverError(
             f"{model.path}: no such model",
@@ -278,10 +307,25 @@ def _resolve(model: ModelConfig) -> Path:
     return _download(model)
 
 
+def _indexed_files(index: Path, model: str) -> list[str]:
+    fix = f"fetch {index.name} of {model} again"
+    try:
+        return sorted(set(read_json(index, rebuild=fix)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeaverError(
+            f"{index}: damaged", why="it holds no mapping named weight_map", fix=fix
+        ) from error
+
+
 def _download(model: ModelConfig) -> Path:
     try:
         return Path(
-            snapshot_download(model.path, revision=model.revision, allow_patterns=_HUB_PATTERNS)
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                allow_patterns=_HUB_PATTERNS,
+                ignore_patterns=_HUB_DUPLICATES,
+            )
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise WeaverError(

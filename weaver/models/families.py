@@ -1,6 +1,6 @@
 """The explicit table of model families: where a Hugging Face decoder keeps its GLU feed-forward.
 
-To add a family: one row here, one tiny config in ``tests/models/tiny.py``; the identity test then
+To add a family: one row here, one tiny config in ``tests/support/tiny_models.py``; the identity test then
 covers it (all experts active equals the dense model).
 """
 

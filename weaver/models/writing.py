@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
     upper = text.strip().upper()
     for unit in sorted(_UNITS, key=len, reverse=True):
         number = upper.removesuffix(unit).strip()
-        if upper.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+        if upper.endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return int(float(number) * _UNITS[unit])
     raise WeaverError(
         f"size {text!r} is not understood",

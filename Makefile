@@ -1,0 +1,63 @@
+# make demo   sets everything up, converts a real model and prints a table
+# make test   sets everything up and runs the tests
+# Targets are what stages leave on disk: make runs/smollm2-cmoe/model/manifest.json
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+WEAVER := $(VENV)/bin/weaver
+MODEL := models/smollm2-135m
+DATA_DIR ?= $(WEAVER_DATA)
+
+.PHONY: demo test quality results clean
+.DELETE_ON_ERROR:
+# A stage's folder is worth keeping even if a later one fails.
+.SECONDARY:
+
+demo: $(INSTALLED) $(MODEL)/config.json
+	$(WEAVER) run configs/demo.yaml --run-dir runs/demo
+
+test: $(INSTALLED) $(MODEL)/config.json
+	$(VENV)/bin/python -m pytest
+
+quality: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+results: $(INSTALLED) $(MODEL)/config.json
+	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)
+
+clean:
+	rm -rf runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(MODEL): $(MODEL)/config.json
+
+$(MODEL)/config.json: $(INSTALLED)
+	$(VENV)/bin/python scripts/fetch_demo_model.py
+	touch $@
+
+# Stage by stage: each rule is one command, and its target is the manifest it writes last.
+runs/%/calibrate/manifest.json: configs/%.yaml $(MODEL)/config.json
+	$(WEAVER) calibrate --config $< --run-dir runs/$*
+
+runs/%/partition/manifest.json: configs/%.yaml runs/%/calibrate/manifest.json
+	$(WEAVER) partition --config $< --run-dir runs/$*
+
+runs/%/router/manifest.json: configs/%.yaml runs/%/partition/manifest.json
+	$(WEAVER) build-router --config $< --run-dir runs/$*
+
+runs/%/model/manifest.json: configs/%.yaml runs/%/router/manifest.json
+	$(WEAVER) assemble --config $< --run-dir runs/$*
+
+runs/%/eval/manifest.json: configs/%.yaml runs/%/model/manifest.json
+	$(WEAVER) eval --config $< --run-dir runs/$*
+
+runs/%/bench/manifest.json: configs/%.yaml runs/%/model/manifest.json
+	$(WEAVER) bench --config $< --run-dir runs/$*
