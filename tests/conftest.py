@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from pathlib import Path
 
-BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+import pytest
+from byte_tokenizer import byte_tokenizer
+from tiny_models import save_tiny_model
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per UTF-8 byte, with the byte as its id; bos 256, eos 257, pad 258."""
-    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([BOS, EOS, PAD])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of four layers with 64 neurons each; not to be changed."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny_model(
+        "llama",
+        folder,
+        byte_tokenizer(),
+        num_hidden_layers=4,
+        intermediate_size=64,
+        max_position_embeddings=512,
     )
+    return folder

@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 def _started_as_command() -> bool:
-    return Path(sys.argv[0]).stem == "weaver" if sys.argv else False
+    # While ``python -m weaver`` imports the package, sys.argv[0] is still "-m".
+    as_module = "-m" in sys.orig_argv and "weaver" in sys.orig_argv and sys.argv[:1] == ["-m"]
+    return as_module or (bool(sys.argv) and Path(sys.argv[0]).stem == "weaver")
 
 
 if not _started_as_command():

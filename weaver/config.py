@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from weaver.errors import WeaverError
 
@@ -40,7 +40,7 @@ class ModelConfig(Section):
 class CalibrateConfig(Section):
     """Which text is run through the model, and which statistics are kept."""
 
-    data: tuple[str, ...] = ("builtin:calibration",)
+    data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
     tokens: int = Field(32768, gt=0)
     sequence_length: int = Field(512, gt=1)
     activation_top_k: int = Field(10, gt=0)
@@ -80,7 +80,7 @@ class AssembleConfig(Section):
 class FinetuneConfig(Section):
     """A short fine-tuning of the converted model."""
 
-    data: tuple[str, ...] = ("builtin:calibration",)
+    data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
     trainable: Literal["all", "router"] = "all"
     steps: int = Field(50, gt=0)
     batch_size: int = Field(4, gt=0)
@@ -96,7 +96,7 @@ class FinetuneConfig(Section):
 class EvalConfig(Section):
     """What is measured on the converted model, next to the dense one."""
 
-    data: tuple[str, ...] = ("builtin:held-out",)
+    data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
     sequence_length: int = Field(2048, gt=1)
     windows: int | None = Field(14, gt=0)
     tasks: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class EvalConfig(Section):
 class BenchConfig(Section):
     """Which speeds are measured."""
 
-    tokens: tuple[int, ...] = (1, 128, 512)
+    tokens: tuple[PositiveInt, ...] = (1, 128, 512)
     decode_tokens: int = Field(32, ge=0)
     repeats: int = Field(10, gt=0)
     warmup: int = Field(2, ge=0)
@@ -171,20 +171,18 @@ def load_section(
     return parse_config(section, {**raw, **given}, source=str(path or f"{name} flags"))
 
 
-def load_seed(path: Path | None, flag: int | None) -> int:
-    """The seed: the flag, else the file's, else 0.
+def load_seed(path: Path | None, overrides: Sequence[str], flag: int | None) -> int:
+    """The seed: the flag, else an override's, else the file's, else 0.
 
     Raises:
-        WeaverError: the file is missing or not YAML, or its seed is no integer.
+        WeaverError: it is not a whole number.
     """
-    if flag is not None:
-        return flag
-    seed = _read_yaml(path, ()).get("seed", 0)
-    if not isinstance(seed, int):
+    seed = _read_yaml(path, overrides).get("seed", 0) if flag is None else flag
+    if not isinstance(seed, int) or isinstance(seed, bool):
         raise WeaverError(
-            f"{path}: seed {seed!r} is not an integer",
+            f"seed {seed!r} is not a whole number",
             why="the seed is the root of all randomness",
-            fix="seed: 0, or --seed 0",
+            fix="--seed 0",
         )
     return seed
 
@@ -274,5 +272,5 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise WeaverError(
             f"override {override!r}: the value is not YAML",
             why=" ".join(str(error).split()),
-            fix="--set partition.sparsity=0.5",
+            fix="quote the value, as in --set 'partition.options={name: 1}'",
         ) from error

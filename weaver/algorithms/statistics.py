@@ -39,15 +39,15 @@ def activation_rates(topk_neurons_TK: Tensor, intermediate_size: int) -> Tensor:
 
 
 def normalised(weights: GluWeights) -> GluWeights:
-    """The FFN with L2-normalised gate and up rows, in float32; ``down_FD`` stays.
+    """The FFN with L2-normalised gate and up rows, in its own dtype; ``down_FD`` stays.
 
     Biases of the gate and up projections are left out: CMoE's formula has none, and beside
     normalised rows and inputs their size would mean nothing.
     """
     return replace(
         weights,
-        gate_FD=functional.normalize(weights.gate_FD.float(), dim=1),
-        up_FD=functional.normalize(weights.up_FD.float(), dim=1),
+        gate_FD=functional.normalize(weights.gate_FD.float(), dim=1).to(weights.gate_FD.dtype),
+        up_FD=functional.normalize(weights.up_FD.float(), dim=1).to(weights.up_FD.dtype),
         gate_bias_F=None,
         up_bias_F=None,
     )
@@ -71,7 +71,7 @@ def marker_neurons(x_TD: Tensor, weights: GluWeights, top_k: int) -> Tensor:
     """
     if not 1 <= top_k <= weights.intermediate_size:
         raise ValueError(f"activation_top_k={top_k} outside 1..{weights.intermediate_size}")
-    unit_TD = functional.normalize(x_TD.to(weights.gate_FD.dtype), dim=1)
+    unit_TD = functional.normalize(x_TD.float(), dim=1).to(weights.gate_FD.dtype)
     return glu_hidden(unit_TD, weights).abs().topk(top_k, dim=1).indices.int()
 
 
@@ -101,9 +101,10 @@ def sample_positions(tokens: int, rows: int, generator: torch.Generator) -> Tens
 class LayerStatistics:
     """Collects a ``LayerProfile`` from batches of FFN inputs.
 
-    Sums and moments are kept in float64; the variance is merged batch by batch from centred sums
-    (Chan, Golub and LeVeque), so that a mean much larger than the spread cancels nothing. How the
-    tokens are cut into batches changes the result by float rounding only.
+    Sums and moments are float32 within a chunk of tokens and float64 over all of them; the variance
+    is merged chunk by chunk from centred sums (Chan, Golub and LeVeque), so that a mean much larger
+    than the spread cancels nothing. How the tokens are cut into batches changes the result by float
+    rounding only.
 
     Args:
         weights: the dense FFN whose neurons are watched; one layer at a time is in memory.
@@ -169,19 +170,20 @@ class LayerStatistics:
         self._inputs.append(x_TD[here_n].detach().cpu().clone())
 
     def _add_gate(self, gate_TF: Tensor, ids_T: Tensor) -> None:
-        for sample in ids_T.unique().tolist():
-            rows_tF = gate_TF[ids_T == sample]
-            self._gate_sum_MF[sample] += rows_tF.sum(0, dtype=torch.float64).cpu()
-            self._gate_abs_sum_MF[sample] += rows_tF.abs().sum(0, dtype=torch.float64).cpu()
-            self._tokens_M[sample] += rows_tF.shape[0]
+        samples_m, member_T = ids_T.unique(return_inverse=True)
+        # Sums over a chunk fit into float32; those over all tokens are kept in float64.
+        one_hot_mT = functional.one_hot(member_T, samples_m.numel()).T.to(gate_TF.device).float()
+        gate_TF = gate_TF.float()
+        self._gate_sum_MF[samples_m] += (one_hot_mT @ gate_TF).double().cpu()
+        self._gate_abs_sum_MF[samples_m] += (one_hot_mT @ gate_TF.abs()).double().cpu()
+        self._tokens_M += torch.bincount(ids_T, minlength=self._tokens_M.shape[0])
 
     def _merge_hidden(self, hidden_TF: Tensor) -> None:
-        hidden_TF = hidden_TF.double()
         count, seen = hidden_TF.shape[0], self._tokens
-        mean_F = hidden_TF.mean(0)
-        square_F = (hidden_TF - mean_F).square().sum(0)
-        apart_F = mean_F.cpu() - self._mean_F
-        self._square_F += square_F.cpu() + apart_F.square() * (seen * count / (seen + count))
+        variance_F, mean_F = torch.var_mean(hidden_TF.float(), dim=0, correction=0)
+        apart_F = mean_F.double().cpu() - self._mean_F
+        self._square_F += variance_F.double().cpu() * count
+        self._square_F += apart_F.square() * (seen * count / (seen + count))
         self._mean_F += apart_F * (count / (seen + count))
 
     def finish(self, sample_groups_M: Tensor) -> LayerProfile:

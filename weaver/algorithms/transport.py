@@ -75,14 +75,15 @@ def solve_transport(
 
 def _search_prices(cost_FE: Floats, capacity: int, prices_E: Floats) -> Floats:
     """Prices whose cheapest-cluster assignment has nearly equal counts, (E,)."""
-    relative_FE = (cost_FE - cost_FE.min(axis=1, keepdims=True)).astype(np.float32)
-    scale = float(relative_FE.mean())
+    # A cluster per row: sums and minima over the clusters then run along contiguous memory.
+    relative_EF = (cost_FE - cost_FE.min(axis=1, keepdims=True)).T.astype(np.float32, order="C")
+    scale = float(relative_EF.mean())
     if scale == 0.0:
         return prices_E
     best_E, fewest = prices_E, _misplaced(cost_FE, capacity, prices_E)
     good_start = fewest <= _GOOD_START * cost_FE.shape[0]
     for temperature in _TEMPERATURES[_WARM if good_start else 0 :]:
-        prices_E = _newton(relative_FE, capacity, prices_E, temperature * scale)
+        prices_E = _newton(relative_EF, capacity, prices_E, temperature * scale)
         misplaced = _misplaced(cost_FE, capacity, prices_E)
         if misplaced < fewest:
             best_E, fewest = prices_E, misplaced
@@ -99,52 +100,52 @@ def _misplaced(cost_FE: Floats, capacity: int, prices_E: Floats) -> int:
 
 
 def _newton(
-    relative_FE: NDArray[np.float32], capacity: int, prices_E: Floats, temperature: float
+    relative_EF: NDArray[np.float32], capacity: int, prices_E: Floats, temperature: float
 ) -> Floats:
     """Newton's method on the smoothed dual at one temperature t.
 
     ``D(p) = -t sum_f log sum_e exp(-(c[f, e] + p[e]) / t) - N sum_e p[e]`` is concave; with the
-    soft assignment P its gradient is ``P^T 1 - N`` and its Hessian ``-(diag(P^T 1) - P^T P) / t``.
+    soft assignment P its gradient is ``P 1 - N`` and its Hessian ``-(diag(P 1) - P P^T) / t``.
     """
-    soft_FE, value = _smoothed_dual(relative_FE, capacity, prices_E, temperature)
+    soft_EF, value = _smoothed_dual(relative_EF, capacity, prices_E, temperature)
     for _ in range(_NEWTON_STEPS):
-        counts_E = soft_FE.sum(axis=0, dtype=np.float64)
+        counts_E = soft_EF.sum(axis=1, dtype=np.float64)
         excess_E = counts_E - capacity
         if np.abs(excess_E).max() < 0.01 * capacity:
             break
-        curvature_EE = np.diag(counts_E) - (soft_FE.T @ soft_FE).astype(np.float64)
+        curvature_EE = np.diag(counts_E) - (soft_EF @ soft_EF.T).astype(np.float64)
         # The Hessian is singular along equal prices and nearly so for empty clusters.
         curvature_EE[np.diag_indices_from(curvature_EE)] += 1e-3 * capacity
         step_E = temperature * np.linalg.solve(curvature_EE, excess_E)
         share = 1.0
         while True:
             trial_E = prices_E + share * step_E
-            trial_FE, trial = _smoothed_dual(relative_FE, capacity, trial_E, temperature)
+            trial_EF, trial = _smoothed_dual(relative_EF, capacity, trial_E, temperature)
             if trial > value or share < 0.02:
                 break
             share /= 2
         if trial <= value:
             break
-        prices_E, soft_FE, value = trial_E, trial_FE, trial
+        prices_E, soft_EF, value = trial_E, trial_EF, trial
     return prices_E
 
 
 def _smoothed_dual(
-    relative_FE: NDArray[np.float32], capacity: int, prices_E: Floats, temperature: float
+    relative_EF: NDArray[np.float32], capacity: int, prices_E: Floats, temperature: float
 ) -> tuple[NDArray[np.float32], float]:
-    """The soft assignment P, (F, E), and the value of the smoothed dual."""
-    soft_FE = relative_FE + prices_E.astype(np.float32)
-    least_F1 = soft_FE.min(axis=1, keepdims=True)
-    soft_FE -= least_F1
-    soft_FE *= np.float32(-1.0 / temperature)
-    # Below exp(-40) the products in P^T P would be denormal numbers, which are very slow.
-    np.maximum(soft_FE, np.float32(-40.0), out=soft_FE)
-    np.exp(soft_FE, out=soft_FE)
-    total_F1 = soft_FE.sum(axis=1, keepdims=True)
-    soft_FE /= total_F1
-    log_sum = np.log(total_F1).sum(dtype=np.float64)
-    value = least_F1.sum(dtype=np.float64) - temperature * log_sum - capacity * prices_E.sum()
-    return soft_FE, float(value)
+    """The soft assignment P, (E, F), and the value of the smoothed dual."""
+    soft_EF = relative_EF + prices_E.astype(np.float32)[:, None]
+    least_F = soft_EF.min(axis=0)
+    soft_EF -= least_F
+    soft_EF *= np.float32(-1.0 / temperature)
+    # Below exp(-40) the products in P P^T would be denormal numbers, which are very slow.
+    np.maximum(soft_EF, np.float32(-40.0), out=soft_EF)
+    np.exp(soft_EF, out=soft_EF)
+    total_F = soft_EF.sum(axis=0)
+    soft_EF /= total_F
+    log_sum = np.log(total_F).sum(dtype=np.float64)
+    value = least_F.sum(dtype=np.float64) - temperature * log_sum - capacity * prices_E.sum()
+    return soft_EF, float(value)
 
 
 class _Repair:

@@ -137,7 +137,7 @@ def read_manifest(folder: Path, *, rebuild: str) -> StageManifest:
         WeaverError: it is missing, damaged, or of another schema.
     """
     path = folder / MANIFEST
-    raw = read_json(path, rebuild=rebuild)
+    raw = read_json(path, rebuild=f"{rebuild} --force")
     request = raw.get("request") if isinstance(raw, dict) else None
     found = request.get("schema_version") if isinstance(request, dict) else None
     if found != SCHEMA_VERSION:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,6 +57,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Around writers of other libraries: what they raise becomes the error for a full disk.
+
+    Raises:
+        WeaverError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
 def write_error(path: Path, error: Exception) -> WeaverError:
     """The error for a file or folder that could not be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -105,7 +119,11 @@ def write_model_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _save(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        # save_file replaces the file by one that only its owner may read.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(contiguous, temporary, metadata=header)
+        temporary.chmod(stat.S_IMODE(mode))
 
 
 def read_tensors(path: Path, *, rebuild: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,10 +151,10 @@ def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
         raise WeaverError(f"{path}: missing", why="the stage has not finished", fix=fix)
     try:
         header, _, start = _read_header_and_start(path)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
+        expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except _HEADER_ERRORS as error:
         raise WeaverError(f"{path}: damaged header", why=str(error), fix=fix) from error
-    expected, actual = start + max(ends, default=0), path.stat().st_size
+    actual = path.stat().st_size
     if actual != expected:
         raise WeaverError(
             f"{path}: damaged, {actual} bytes instead of {expected}",
@@ -146,9 +164,9 @@ def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
 
 
 def tensors_digest(path: Path) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, bytes) of a safetensors file."""
-    header, _, start = _read_header_and_start(path)
-    digest = hashlib.sha256()
+    """SHA-256 over a safetensors file's metadata and sorted (name, dtype, shape, bytes)."""
+    header, metadata, start = _read_header_and_start(path)
+    digest = hashlib.sha256(canonical_json(metadata).encode())
     with path.open("rb") as handle:
         for name in sorted(header):
             entry = header[name]

@@ -9,6 +9,17 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from weaver.cli import (
+    assemble,
+    bench,
+    build_router,
+    calibrate,
+    evaluate,
+    finetune,
+    inspect,
+    partition,
+    run,
+)
 from weaver.errors import WeaverError
 
 
@@ -65,31 +76,21 @@ def root(
     """Turn dense GLU language models into Mixture-of-Experts models, without training."""
 
 
+for _module in (
+    calibrate,
+    partition,
+    build_router,
+    assemble,
+    finetune,
+    evaluate,
+    bench,
+    run,
+    inspect,
+):
+    _module.add_to(app)
+
+
 def main() -> None:
     """Entry point of the ``weaver`` command."""
-    from weaver.cli import (
-        assemble,
-        bench,
-        build_router,
-        calibrate,
-        evaluate,
-        finetune,
-        inspect,
-        partition,
-        run,
-    )
-
-    for module in (
-        calibrate,
-        partition,
-        build_router,
-        assemble,
-        finetune,
-        evaluate,
-        bench,
-        run,
-        inspect,
-    ):
-        module.add_to(app)
     app(prog_name="weaver")
     sys.exit(0)

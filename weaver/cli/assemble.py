@@ -29,7 +29,11 @@ def assemble(
     from weaver.stages.assemble import assemble as stage
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=None
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=None,
     )
     run_stage(context, "assemble", lambda c: stage(c, settings))
 

@@ -40,7 +40,11 @@ def bench(
     from weaver.stages.bench import bench as stage
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=None
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=None,
     )
     run_stage(context, "bench", lambda c: stage(c, settings))
 

@@ -28,7 +28,11 @@ def build_router(
     from weaver.stages.build_router import build_routers
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=None
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=None,
     )
     run_stage(context, "build-router", lambda c: build_routers(c, settings))
 

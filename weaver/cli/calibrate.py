@@ -57,7 +57,11 @@ def calibrate(
     from weaver.stages.calibrate import calibrate as stage
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=data_dir
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=data_dir,
     )
     run_stage(context, "calibrate", lambda c: stage(c, model_config, settings))
 

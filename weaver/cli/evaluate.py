@@ -48,7 +48,11 @@ def evaluate(
     from weaver.stages.evaluate import evaluate as stage
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=data_dir
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=data_dir,
     )
     run_stage(context, "eval", lambda c: stage(c, settings))
 

@@ -43,7 +43,11 @@ def finetune(
     from weaver.stages.finetune import finetune as stage
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=data_dir
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=data_dir,
     )
     run_stage(context, "finetune", lambda c: stage(c, settings))
 

@@ -8,7 +8,7 @@ import typer
 
 from weaver.cli.options import Calibration, ConfigFile, DryRun, Force, Overrides, RunDir, Seed
 from weaver.cli.session import make_context, run_stage
-from weaver.config import PartitionConfig, load_section, load_seed
+from weaver.config import PartitionConfig, RouterConfig, load_section, load_seed
 
 
 def partition(
@@ -57,12 +57,18 @@ def partition(
         "sequential": sequential,
     }
     settings = load_section(PartitionConfig, "partition", config, overrides or [], flags)
+    router = load_section(RouterConfig, "router", config, overrides or [], {})
     from weaver.stages.partition import partition as stage
+    from weaver.stages.partition import propagating
 
     context = make_context(
-        run_dir, seed=load_seed(config, seed), force=force, dry_run=dry_run, data_dir=None
+        run_dir,
+        seed=load_seed(config, overrides or [], seed),
+        force=force,
+        dry_run=dry_run,
+        data_dir=None,
     )
-    run_stage(context, "partition", lambda c: stage(c, settings, calibration))
+    run_stage(context, "partition", lambda c: stage(c, propagating(settings, router), calibration))
 
 
 def add_to(app: typer.Typer) -> None:

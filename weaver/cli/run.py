@@ -33,8 +33,8 @@ def run(
 ) -> None:
     """Run every stage of one configuration; what is finished is skipped."""
     settings = load_run_config(config, overrides or [])
+    from weaver.stages.lock import locked
     from weaver.stages.pipeline import run_pipeline, stage_calls
-    from weaver.stages.runner import locked
 
     context = make_context(
         run_dir, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir

@@ -40,7 +40,8 @@ def run_stage(
     context: StageContext, stage: str, call: Callable[[StageContext], StageManifest]
 ) -> None:
     """Run one stage under the run directory's lock and show what it made."""
-    from weaver.stages.runner import WouldRun, locked
+    from weaver.stages.lock import locked
+    from weaver.stages.runner import WouldRun
 
     if context.dry_run:
         try:

@@ -13,23 +13,39 @@ from weaver.kernels.reference import Routing, masked_forward
 Path = Literal["masked", "grouped"]
 
 
-def choose_path(tokens: int, weights: GluWeights, routing: Routing | None, num_shared: int) -> Path:
-    """``grouped`` when an expert's average GEMM is large enough to pay for its own launch.
+# Costs on a CPU, read off docs/benchmarks.md (scripts/bench_paths.py makes it): multiply-adds per
+# second of a GEMM, seconds to gather and add one value of a token for one expert, and seconds for
+# the small operations of one expert. Only ratios matter for the choice.
+MACS_PER_SECOND = {torch.float32: 4.5e10, torch.bfloat16: 2.5e11}
+SECONDS_PER_VALUE = 2.5e-9
+SECONDS_PER_EXPERT = 6e-5
 
-    Every expert costs about six small operations; they pay when the multiply-adds that each one
-    saves against the masked path outweigh them. ``docs/benchmarks.md`` has the measurement.
+
+def predicted_gain(tokens: int, weights: GluWeights, routing: Routing, num_shared: int) -> float:
+    """Seconds that the grouped path is predicted to save against the masked one.
+
+    ``3 T D (E - K) N / rate - T K D v - min(E, T K) o``: the multiply-adds of the skipped experts,
+    less gathering and adding K rows per token, less the overhead of every expert that is used.
+
+    A function of shapes and dtype alone, so that the same model gives the same bits every time.
     """
-    if routing is None:
+    experts, top_k = routing.num_experts, routing.ids_TK.shape[1]
+    width = (weights.intermediate_size - num_shared) // experts
+    values = tokens * weights.hidden_size
+    rate = MACS_PER_SECOND.get(weights.gate_FD.dtype, MACS_PER_SECOND[torch.float32])
+    saved = 3 * values * (experts - top_k) * width / rate
+    return (
+        saved
+        - values * top_k * SECONDS_PER_VALUE
+        - min(experts, tokens * top_k) * SECONDS_PER_EXPERT
+    )
+
+
+def choose_path(tokens: int, weights: GluWeights, routing: Routing | None, num_shared: int) -> Path:
+    """``grouped`` when that is predicted to be faster than ``masked``."""
+    if routing is None or predicted_gain(tokens, weights, routing, num_shared) <= 0:
         return "masked"
-    top_k = routing.ids_TK.shape[1]
-    routed = weights.intermediate_size - num_shared
-    skipped_share = 1.0 - top_k / routing.num_experts
-    saved = tokens * routed * weights.hidden_size * 3 * skipped_share / routing.num_experts
-    return "grouped" if saved >= GROUPED_MIN_SAVED_MACS else "masked"
-
-
-# Multiply-adds that one expert must save to be worth its own six operations.
-GROUPED_MIN_SAVED_MACS = 4_000_000
+    return "grouped"
 
 
 def moe_forward(
@@ -65,7 +81,7 @@ def grouped_forward(x_TD: Tensor, weights: GluWeights, routing: Routing, num_sha
         begin = num_shared + expert * width
         expert_weights = slice_neurons(weights, begin, begin + width, output_bias=False)
         out = glu_forward(x_TD[picked], expert_weights).to(accumulator)
-        y_TD = y_TD.index_add(0, picked, out * factors[start : start + count, None])
+        y_TD.index_add_(0, picked, out * factors[start : start + count, None])
         start += count
     assert start == tokens * top_k
     return y_TD.to(x_TD.dtype)

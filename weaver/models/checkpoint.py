@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -22,25 +20,32 @@ from weaver.artifacts.store import (
     canonical_json,
     check_tensors_file,
     file_digest,
-    read_json,
     text_digest,
 )
 from weaver.config import DtypeName, ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.families import Family, activation_name, find_family
-from weaver.models.gguf import dequantise
+from weaver.models.locate import locate, weight_files
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Early Llama checkpoints store the rotary frequencies, which transformers derives from the config.
 _DERIVED = ".rotary_emb.inv_freq"
-# The same weights once more, in the layout of the vendor's own code.
-_HUB_DUPLICATES = ["consolidated*", "original/*"]
+# Configuration entries that say where and by what it was read, not what the model is.
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class FfnBiases:
+    """Which projections of the FFN have a bias."""
+
+    gate: bool
+    up: bool
+    output: bool
 
 
 class Checkpoint:
@@ -52,14 +57,14 @@ class Checkpoint:
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
-        self.folder = _resolve(model)
+        self.folder = locate(model)
         self.config: PreTrainedConfig = self._load_config()
         self.family: Family = find_family(self.config.model_type, model=model.path)
         self._check_not_quantised()
         self.activation = activation_name(
             getattr(self.config, self.family.activation_field), model=model.path
         )
-        self._files = self._index()
+        self._files = dict(self._entries(weight_files(self.folder)))
         self._check_ffn_names()
 
     @property
@@ -154,6 +159,15 @@ class Checkpoint:
             output_bias_D=output_bias,
         ).to(dtype)
 
+    @property
+    def ffn_biases(self) -> FfnBiases:
+        """Biases of the first FFN; all layers of a family have the same."""
+        gate, up, output = (
+            f"{self._ffn_prefix(0)}{part}.bias" in self._files
+            for part in (self.family.gate, self.family.up, self.family.down)
+        )
+        return FfnBiases(gate, up, output)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
 
@@ -161,6 +175,9 @@ class Checkpoint:
             WeaverError: the folder holds none that transformers can load.
         """
         try:
+            # Without any of them transformers makes up a tokenizer that knows no word.
+            if not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+                raise ValueError(f"the folder holds none of {', '.join(_TOKENIZER_FILES)}")
             return AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.model.trust_remote_code
             )
@@ -203,7 +220,7 @@ class Checkpoint:
         )
 
     def _digest(self) -> str:
-        config = {k: v for k, v in self.config.to_dict().items() if k != "transformers_version"}
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_THE_MODEL}
         weights = {path.name: file_digest(path) for path in set(self._files.values())}
         return text_digest(canonical_json([json.loads(json.dumps(config, default=str)), weights]))
 
@@ -219,7 +236,9 @@ class Checkpoint:
         try:
             raw, _ = PreTrainedConfig.get_config_dict(self.folder)
             # Before AutoConfig, which knows neither converted types nor types of the future.
-            find_family(str(raw.get("model_type")), model=self.model.path)
+            if "model_type" not in raw:
+                raise ValueError("config.json is missing, or names no model_type")
+            find_family(str(raw["model_type"]), model=self.model.path)
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.model.trust_remote_code
             )
@@ -230,22 +249,6 @@ class Checkpoint:
                 why=str(error).splitlines()[0],
                 fix="pass a folder with config.json and *.safetensors, a .gguf file or a hub name",
             ) from error
-
-    def _index(self) -> dict[str, Path]:
-        single = self.folder / "model.safetensors"
-        index = self.folder / "model.safetensors.index.json"
-        files = sorted(self.folder.glob("*.safetensors"))
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            files = [self.folder / name for name in _indexed_files(index, self.model.path)]
-        if not files:
-            raise WeaverError(
-                f"{self.folder}: no *.safetensors file",
-                why="weaver reads safetensors only; pickle files can run code",
-                fix="convert it once: AutoModelForCausalLM.from_pretrained(...).save_pretrained()",
-            )
-        return dict(self._entries(files))
 
     def _entries(self, files: list[Path]) -> Iterator[tuple[str, Path]]:
         for path in files:
@@ -288,53 +291,3 @@ class Checkpoint:
         name = f"{self._ffn_prefix(layer)}{part}"
         bias = f"{name}.bias"
         return self.tensor(f"{name}.weight"), self.tensor(bias) if bias in self._files else None
-
-
-def _resolve(model: ModelConfig) -> Path:
-    path = Path(model.path).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return dequantise(path, _cache_folder() / f"gguf-{file_digest(path)[:16]}")
-    if path.is_dir():
-        return path.resolve()
-    # A hub name may hold dots (Qwen/Qwen2.5-7B), so a suffix alone does not make it a path.
-    looks_local = path.suffix == ".gguf" or path.is_absolute() or model.path.count("/") != 1
-    if looks_local or path.parent.is_dir():
-        raise WeaverError(
-            f"{model.path}: no such model",
-            why="weaver looked for a folder, a .gguf file, and a hub name (owner/name)",
-            fix="make models/smollm2-135m fetches the demo model",
-        )
-    return _download(model)
-
-
-def _indexed_files(index: Path, model: str) -> list[str]:
-    fix = f"fetch {index.name} of {model} again"
-    try:
-        return sorted(set(read_json(index, rebuild=fix)["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise WeaverError(
-            f"{index}: damaged", why="it holds no mapping named weight_map", fix=fix
-        ) from error
-
-
-def _download(model: ModelConfig) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                model.path,
-                revision=model.revision,
-                allow_patterns=_HUB_PATTERNS,
-                ignore_patterns=_HUB_DUPLICATES,
-            )
-        )
-    except (OSError, ValueError, HFValidationError) as error:
-        raise WeaverError(
-            f"{model.path}: not a local folder, and the hub did not give it",
-            why=str(error).strip().splitlines()[0],
-            fix="check the name, --revision and the network, or pass a local folder",
-        ) from error
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("WEAVER_CACHE") or Path.home() / ".cache" / "weaver"
-    return Path(base)

@@ -1,7 +1,7 @@
 """The explicit table of model families: where a Hugging Face decoder keeps its GLU feed-forward.
 
-To add a family: one row here, one tiny config in ``tests/support/tiny_models.py``; the identity test then
-covers it (all experts active equals the dense model).
+To add a family: one row here, one tiny config in ``tests/support/tiny_models.py``; the identity
+test then covers it (all experts active equals the dense model).
 """
 
 from __future__ import annotations

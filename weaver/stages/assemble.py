@@ -9,23 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weaver.artifacts.manifest import StageManifest, StageRequest, versions
-from weaver.artifacts.store import write_text
+from weaver.artifacts.manifest import StageManifest, StageRequest
+from weaver.artifacts.store import disk_errors
 from weaver.artifacts.types import ExpertLayout
 from weaver.config import AssembleConfig
 from weaver.errors import WeaverError
-from weaver.methods.registry import get_method
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import converted_config
-from weaver.models.moe import converted_shape, converted_tensors
-from weaver.models.writing import converted_parts, parse_size, write_shards
-from weaver.report.model_card import LayerFacts, ModelCardFacts, model_card
+from weaver.models.moe import converted_tensors
+from weaver.models.writing import converted_parts, parse_size, plan_shards, write_shards
+from weaver.stages.card import write_card
 from weaver.stages.converted import account_of
+from weaver.stages.finished import parent
 from weaver.stages.parents import Partition, open_partition, read_router
-from weaver.stages.runner import StageContext, StageRun, parent
+from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "assemble"
+
+# The dense model's files that the converted one needs unchanged. They are copied: a tokenizer saved
+# by transformers holds how it was loaded (offline or not), which would change the digest.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
@@ -64,18 +79,25 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
 
     shapes = [_shape(checkpoint, routers, layer, layout) for layer, layout in enumerate(layouts)]
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
-    with context.progress(STAGE, len(parts)) as advance:
+    with context.progress(STAGE, len(plan_shards(parts, limit))) as advance:
         write_shards(run.folder, parts, limit, advance)
     recipe = _recipe(partition, router_manifest, request)
     account = account_of(checkpoint, shapes)
-    _write_companions(run.folder, checkpoint, shapes, dtype_name, recipe)
-    write_text(run.folder / "README.md", _card(layouts, account, recipe))
+    with disk_errors(run.folder):
+        _write_companions(run.folder, checkpoint, shapes, dtype_name, recipe)
+    write_card(run.folder, account, recipe)
     return run.finish(_summary(account))
 
 
 def _shape(checkpoint: Checkpoint, routers: Path, layer: int, layout: ExpertLayout) -> LayerShape:
-    weights = checkpoint.ffn(layer, checkpoint.dtype)
-    return converted_shape(weights, layout, read_router(routers, layer, layout))
+    biases = checkpoint.ffn_biases
+    return LayerShape.of(
+        layout,
+        read_router(routers, layer, layout),
+        gate_bias=biases.gate,
+        up_bias=biases.up,
+        output_bias=biases.output or layout.output_bias_D is not None,
+    )
 
 
 def _check_same_partition(router: StageManifest, partition: Partition) -> None:
@@ -114,45 +136,9 @@ def _write_companions(
     config = converted_config(checkpoint.config, shapes, recipe)
     config.dtype = getattr(torch, dtype)
     config.save_pretrained(folder)
-    checkpoint.tokenizer().save_pretrained(folder)
-    generation = checkpoint.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
-
-
-def _card(
-    layouts: list[ExpertLayout],
-    account: ModelAccount,
-    recipe: dict[str, Any],
-) -> str:
-    spec = get_method(recipe["partition"]["method"])
-    path = recipe["model"]["path"]
-    on_hub = not Path(path).exists()
-    facts = ModelCardFacts(
-        name=f"{Path(path).name}-{spec.name}-{round(100 * account.ffn_sparsity)}",
-        base_model=path if on_hub else Path(path).name,
-        base_model_id=path if on_hub else None,
-        method=spec.name,
-        method_source=spec.source,
-        router=recipe["router"]["kind"],
-        layers=[_facts(layout) for layout in layouts],
-        total_parameters=account.total_parameters,
-        active_parameters=account.active_parameters,
-        dense_parameters=account.total_dense_parameters,
-        recipe=recipe,
-        weaver_version=versions().get("weaver-moe", "unknown"),
-    )
-    return model_card(facts)
-
-
-def _facts(layout: ExpertLayout) -> LayerFacts:
-    return LayerFacts(
-        intermediate_size=layout.intermediate_size,
-        num_shared_neurons=layout.num_shared_neurons,
-        num_routed_experts=layout.num_routed_experts,
-        expert_width=layout.expert_width,
-        top_k=layout.top_k,
-    )
+    for name in COMPANIONS:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
 
 
 def _summary(account: ModelAccount) -> dict[str, Any]:

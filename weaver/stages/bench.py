@@ -26,7 +26,7 @@ RESULTS = "results.json"
 DECODE_PROMPT = 64
 
 
-def bench(context: StageContext, config: BenchConfig) -> StageManifest:
+def bench(context: StageContext, config: BenchConfig, *, finetuned: bool = True) -> StageManifest:
     """Time prefill at several lengths and decoding, dense and converted in turn.
 
     The prompts are the held-out text of the package: routing, and with it the speed, depends on
@@ -35,11 +35,12 @@ def bench(context: StageContext, config: BenchConfig) -> StageManifest:
     Args:
         context: run directory, progress.
         config: lengths, repeats, threads.
+        finetuned: time the fine-tuned model if the run has one.
 
     Raises:
         WeaverError: no finished conversion.
     """
-    converted = open_converted(context)
+    converted = open_converted(context, finetuned=finetuned)
     dtype = converted.dtype(config.dtype)
     request = StageRequest(
         stage=STAGE,

@@ -13,9 +13,10 @@ from weaver.artifacts.types import Router
 from weaver.config import RouterConfig
 from weaver.evaluation.fidelity import router_fidelity
 from weaver.methods.registry import get_method, get_router
+from weaver.stages.finished import layer_path
 from weaver.stages.parents import Partition, open_partition
 from weaver.stages.partition import layer_generator
-from weaver.stages.runner import StageContext, StageRun, layer_path
+from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "build-router"
 
@@ -35,6 +36,8 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
     """
     partition = open_partition(context.folder("partition"))
     resolved = resolve(config, partition)
+    if resolved.kind is not None:
+        get_router(resolved.kind)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,

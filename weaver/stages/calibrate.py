@@ -10,6 +10,7 @@ from weaver.artifacts.store import read_record, values_digest, write_record
 from weaver.config import CalibrateConfig, ModelConfig
 from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
+from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.stream import DecoderStream, DenseFfn
 from weaver.stages.profiling import Profiler, ResumableStream
@@ -32,6 +33,7 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     """
     checkpoint = Checkpoint(model)
     dtype = checkpoint.resolve_dtype(model.dtype)
+    _check_markers(config, checkpoint)
     packed = _pack(context, checkpoint, config)
     identity = checkpoint.identity()
     request = StageRequest(
@@ -65,6 +67,15 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
             advance(f"layer {layer}")
     stream.discard()
     return run.finish(_summary(checkpoint, packed))
+
+
+def _check_markers(config: CalibrateConfig, checkpoint: Checkpoint) -> None:
+    if config.activation_top_k > checkpoint.intermediate_size:
+        raise WeaverError(
+            f"activation_top_k={config.activation_top_k} of {checkpoint.intermediate_size} neurons",
+            why="a token marks at most every neuron of the FFN",
+            fix=f"--activation-top-k {min(10, checkpoint.intermediate_size)}",
+        )
 
 
 def read_packed_tokens(folder: Path) -> PackedTokens:

@@ -14,8 +14,9 @@ from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import register
 from weaver.models.loading import load_model
+from weaver.stages.finished import parent
 from weaver.stages.parents import open_model
-from weaver.stages.runner import StageContext, parent
+from weaver.stages.runner import StageContext
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ def open_converted(context: StageContext, *, finetuned: bool = True) -> Converte
 
 def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount:
     """What a conversion of a dense model into these shapes costs and saves."""
-    weights = checkpoint.ffn(0, checkpoint.dtype)
+    biases = checkpoint.ffn_biases
     return ModelAccount(
         hidden_size=checkpoint.hidden_size,
         intermediate_size=checkpoint.intermediate_size,
         total_dense_parameters=checkpoint.total_parameters(),
         layers=shapes,
-        dense_gate_bias=weights.gate_bias_F is not None,
-        dense_up_bias=weights.up_bias_F is not None,
-        dense_output_bias=weights.output_bias_D is not None,
+        dense_gate_bias=biases.gate,
+        dense_up_bias=biases.up,
+        dense_output_bias=biases.output,
     )

@@ -42,17 +42,18 @@ class _Inputs:
     refs: dict[str, InputRef]
 
 
-def evaluate(context: StageContext, config: EvalConfig) -> StageManifest:
+def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = True) -> StageManifest:
     """Measure perplexity, KL, top-1 agreement, expert usage and tasks; write ``results.json``.
 
     Args:
         context: run directory, progress, data folder.
         config: text, windows, tasks.
+        finetuned: measure the fine-tuned model if the run has one.
 
     Raises:
         WeaverError: no finished conversion, no such data, or too little text for one window.
     """
-    converted = open_converted(context)
+    converted = open_converted(context, finetuned=finetuned)
     tokenizer = converted.dense.tokenizer()
     inputs = _read_inputs(context, config, tokenizer)
     request = StageRequest(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
-from weaver.artifacts.store import values_digest
+from weaver.artifacts.store import disk_errors, values_digest
 from weaver.config import FinetuneConfig
 from weaver.data.packing import windows
 from weaver.data.sources import parse_data_spec, read_documents
 from weaver.models.loading import load_model
 from weaver.models.writing import Part, parse_size, write_shards
+from weaver.stages.card import write_card
 from weaver.stages.converted import ConvertedModel, open_converted
 from weaver.stages.runner import StageContext, StageRun
 from weaver.training.checkpoint import remove_checkpoints
@@ -63,7 +63,7 @@ def finetune(context: StageContext, config: FinetuneConfig) -> StageManifest:
             checkpoint_dir=run.folder / CHECKPOINTS,
             on_step=lambda step, loss: advance(f"step {step}, loss {loss:.3f}"),
         )
-    _write_model(converted, model, run.folder / "model", run.dtype)
+    _write_model(converted, model, run, request.config)
     remove_checkpoints(run.folder / CHECKPOINTS)
     return run.finish(_summary(report))
 
@@ -79,21 +79,27 @@ def _windows(context: StageContext, config: FinetuneConfig, converted: Converted
 
 
 def _write_model(
-    converted: ConvertedModel, model: PreTrainedModel, folder: Path, dtype_name: str
+    converted: ConvertedModel, model: PreTrainedModel, run: StageRun, settings: dict[str, Any]
 ) -> None:
-    """The trained weights next to the assembled model's configuration, tokenizer and card."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    for path in converted.folder.iterdir():
-        if path.suffix != ".safetensors" and path.name not in _OWN_FILES:
-            shutil.copyfile(path, folder / path.name)
-    dtype: torch.dtype = getattr(torch, dtype_name)
+    """The trained weights next to the assembled model's tokenizer, with the training's recipe."""
+    folder = run.folder / "model"
+    with disk_errors(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for path in converted.folder.iterdir():
+            if path.suffix != ".safetensors" and path.name not in _OWN_FILES:
+                shutil.copyfile(path, folder / path.name)
+    dtype: torch.dtype = getattr(torch, run.dtype)
     tied = set(model.all_tied_weights_keys)
     state = {k: v.detach().to(dtype) for k, v in model.state_dict().items() if k not in tied}
     parts = [_part(name, tensor) for name, tensor in state.items()]
     limit = parse_size(converted.manifest.request.config["max_shard_size"])
     write_shards(folder, parts, limit, lambda _name: None)
+    config = AutoConfig.from_pretrained(converted.folder)
+    config.weaver["recipe"]["finetune"] = settings
+    config.save_pretrained(folder)
+    write_card(folder, converted.account(), config.weaver["recipe"])
 
 
 def _part(name: str, tensor: Tensor) -> Part:

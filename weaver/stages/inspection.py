@@ -8,7 +8,8 @@ from pathlib import Path
 from weaver.artifacts.manifest import MANIFEST, StageManifest, read_manifest
 from weaver.artifacts.store import file_digest
 from weaver.errors import WeaverError
-from weaver.stages.runner import REQUEST, STAGE_FOLDERS, check_outputs, stage_command
+from weaver.stages.finished import STAGE_FOLDERS, check_outputs, remake_hint, stage_command
+from weaver.stages.runner import REQUEST
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,20 @@ def _inspect(stage: str, folder: Path, *, verify: bool) -> StageState:
     command = stage_command(stage, folder.parent)
     try:
         manifest = read_manifest(folder, rebuild=command)
-        check_outputs(folder, manifest, command=command)
+        check_outputs(folder, manifest)
         if verify:
-            _verify(folder, manifest, command)
+            _verify(folder, manifest)
     except WeaverError as error:
         return StageState(stage, folder, "damaged", f"{error.what}; fix: {error.fix}", None, size)
     return StageState(stage, folder, "complete", "", manifest, size)
 
 
-def _verify(folder: Path, manifest: StageManifest, command: str) -> None:
+def _verify(folder: Path, manifest: StageManifest) -> None:
     for name, digest in manifest.outputs.items():
         found = file_digest(folder / name)
         if found != digest:
             raise WeaverError(
                 f"{folder / name}: digest {found[:12]} instead of {digest[:12]}",
                 why="the file changed after the stage was finished",
-                fix=f"{command} --force",
+                fix=remake_hint(folder / name, manifest.request.stage, folder),
             )

@@ -13,7 +13,7 @@ from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
 from weaver.config import CalibrateConfig, ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import DTYPES, Checkpoint
-from weaver.stages.runner import layer_path, parent
+from weaver.stages.finished import layer_path, parent
 
 PROFILE_FOLDER = "profile"
 
@@ -107,14 +107,8 @@ def open_partition(folder: Path) -> Partition:
         WeaverError: either has not finished, or the calibration changed after the partition.
     """
     manifest, ref = parent(folder, "partition")
-    named = manifest.request.inputs["calibrate"]
-    calibration = open_calibration(Path(named.path))
-    if calibration.ref.digest != named.digest:
-        raise WeaverError(
-            f"{folder}: made from another calibration than {named.path} holds now",
-            why="calibrate ran again after partition",
-            fix=f"weaver partition --run-dir {folder.parent} --force",
-        )
+    named = manifest.request.inputs["calibrate"].path
+    calibration = open_calibration((folder.parent / named).resolve())
     return Partition(folder, manifest, ref, calibration)
 
 

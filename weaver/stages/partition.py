@@ -12,16 +12,17 @@ from weaver.algorithms.energy import centred_energy
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
-from weaver.config import PartitionConfig
+from weaver.config import PartitionConfig, RouterConfig
 from weaver.methods.allocation import active_neurons, adaptive_active_neurons, plan_width
 from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, get_router, resolve_options
 from weaver.models.moe import MoEFeedForward
 from weaver.models.stream import DecoderStream
 from weaver.stages.calibrate import read_packed_tokens
+from weaver.stages.finished import layer_path
 from weaver.stages.parents import PROFILE_FOLDER, Calibration, open_calibration
 from weaver.stages.profiling import Profiler, ResumableStream
-from weaver.stages.runner import StageContext, StageRun, layer_path
+from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "partition"
 
@@ -49,6 +50,8 @@ def partition(
     options = resolve_options(spec, config.options)
     calibration = open_calibration(calibration_folder or context.folder("calibrate"))
     resolved = resolve(config, spec, options)
+    if resolved.propagate_router is not None:
+        get_router(resolved.propagate_router)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
@@ -63,6 +66,13 @@ def partition(
     split_all = _split_sequentially if resolved.sequential else _split_one_shot
     split_all(context, run, splitter)
     return run.finish(_summary(run, splitter))
+
+
+def propagating(config: PartitionConfig, router: RouterConfig) -> PartitionConfig:
+    """Sequential splits run behind layers that route as the converted model will."""
+    if config.propagate_router is not None or router.kind is None:
+        return config
+    return config.model_copy(update={"propagate_router": router.kind})
 
 
 def resolve(
@@ -179,7 +189,7 @@ def _split_sequentially(context: StageContext, run: StageRun, splitter: LayerSpl
     )
     with context.progress(STAGE, checkpoint.num_layers) as advance:
         for layer in range(checkpoint.num_layers):
-            if not run.has_layer(layer):
+            if not (run.has_layer(layer) and layer_path(profiles, layer).exists()):
                 stream.seek(layer)
                 profile = profiler.observe(stream, checkpoint.ffn(layer, calibration.dtype))
                 write_record(layer_path(profiles, layer), profile)

@@ -15,7 +15,7 @@ from weaver.stages.build_router import build_routers
 from weaver.stages.calibrate import calibrate
 from weaver.stages.evaluate import evaluate
 from weaver.stages.finetune import finetune
-from weaver.stages.partition import partition
+from weaver.stages.partition import partition, propagating
 from weaver.stages.runner import StageContext, WouldRun
 
 StageCall = Callable[[StageContext], StageManifest]
@@ -43,9 +43,7 @@ def stage_calls(config: RunConfig, calibration: Path | None = None) -> dict[str,
         config: the whole configuration.
         calibration: a calibrate folder of another run, which replaces this run's own.
     """
-    split = config.partition
-    if split.propagate_router is None and config.router.kind is not None:
-        split = split.model_copy(update={"propagate_router": config.router.kind})
+    split = propagating(config.partition, config.router)
     calls: dict[str, StageCall] = {}
     if calibration is None:
         calls["calibrate"] = lambda context: calibrate(context, config.model, config.calibrate)
@@ -55,8 +53,9 @@ def stage_calls(config: RunConfig, calibration: Path | None = None) -> dict[str,
     if config.finetune is not None:
         settings = config.finetune
         calls["finetune"] = lambda context: finetune(context, settings)
-    calls["eval"] = lambda context: evaluate(context, config.eval)
-    calls["bench"] = lambda context: bench(context, config.bench)
+    tuned = config.finetune is not None
+    calls["eval"] = lambda context: evaluate(context, config.eval, finetuned=tuned)
+    calls["bench"] = lambda context: bench(context, config.bench, finetuned=tuned)
     return calls
 
 

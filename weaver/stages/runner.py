@@ -7,7 +7,6 @@ under a temporary name and renamed), and ``manifest.json`` (written last: the st
 from __future__ import annotations
 
 import datetime
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from pydantic import ValidationError
 
 from weaver.artifacts.manifest import (
     MANIFEST,
-    InputRef,
     ModelIdentity,
     StageManifest,
     StageRequest,
@@ -31,31 +29,22 @@ from weaver.artifacts.manifest import (
     versions,
     write_manifest,
 )
-from weaver.artifacts.store import (
-    atomic_path,
-    check_tensors_file,
-    file_digest,
-    read_json,
-    write_error,
-    write_json,
-)
+from weaver.artifacts.store import check_tensors_file, file_digest, read_json, write_json
 from weaver.errors import WeaverError
+from weaver.stages.finished import (
+    STAGE_FOLDERS,
+    check_outputs,
+    layer_path,
+    seen_from,
+    stage_command,
+)
 
 REQUEST = "stage.json"
+# Names that a killed process leaves behind: weaver's own, and those that safetensors writes under.
+TEMPORARY = (".*.tmp", ".tmp*")
 Status = Literal["skip", "resume", "run"]
 Advance = Callable[[str], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
-
-# Folder of each stage inside a run directory, and the subcommand that writes it.
-STAGE_FOLDERS: dict[str, str] = {
-    "calibrate": "calibrate",
-    "partition": "partition",
-    "build-router": "router",
-    "assemble": "model",
-    "finetune": "finetune",
-    "eval": "eval",
-    "bench": "bench",
-}
 
 
 @contextmanager
@@ -99,11 +88,6 @@ class StageContext:
         return self.run_dir / STAGE_FOLDERS[stage]
 
 
-def stage_command(stage: str, run_dir: Path) -> str:
-    """The command that makes a stage, for error messages."""
-    return f"weaver {stage} --run-dir {run_dir}"
-
-
 def decide(folder: Path, request: StageRequest, *, force: bool) -> Status:
     """What a request would do, given what is on disk.
 
@@ -111,15 +95,19 @@ def decide(folder: Path, request: StageRequest, *, force: bool) -> Status:
         WeaverError: the folder holds another result (its configuration or its parents differ), or
             files that weaver did not write.
     """
-    if force or not folder.is_dir() or not any(folder.iterdir()):
+    found = _entries(folder)
+    if not found:
         return "run"
     command = stage_command(request.stage, folder.parent)
-    if not (folder / REQUEST).exists() and not (folder / MANIFEST).exists():
+    if REQUEST not in found and MANIFEST not in found:
         raise WeaverError(
             f"{folder}: holds files, but no {REQUEST}",
-            why="weaver does not write into a folder that it did not make",
+            why="weaver neither writes into a folder that it did not make nor removes it",
             fix="choose another --run-dir, or move the folder away",
         )
+    if force or found == {REQUEST}:
+        # A stage that stopped before its first output holds nothing that could be lost.
+        return "run"
     complete = (folder / MANIFEST).exists()
     existing = (
         read_manifest(folder, rebuild=command).request
@@ -131,20 +119,36 @@ def decide(folder: Path, request: StageRequest, *, force: bool) -> Status:
     raise _refusal(folder, request, existing)
 
 
+def _is_temporary(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in TEMPORARY)
+
+
+def _entries(folder: Path) -> set[str]:
+    """Names in a folder, without the temporary files that a killed process leaves."""
+    if not folder.exists():
+        return set()
+    if not folder.is_dir():
+        raise WeaverError(
+            f"{folder}: is a file",
+            why="a stage writes a folder of this name",
+            fix="choose another --run-dir, or move the file away",
+        )
+    return {path.name for path in folder.iterdir() if not _is_temporary(path)}
+
+
 def _refusal(folder: Path, request: StageRequest, existing: StageRequest) -> WeaverError:
-    command = stage_command(request.stage, folder.parent)
     differences = request.differences(existing)
     if differences:
         return WeaverError(
             f"{folder}: made with another configuration: {'; '.join(differences)}",
             why="a run directory holds one result a stage",
-            fix=f"another --run-dir, or {command} --force",
+            fix="use another --run-dir, or rerun the same command with --force",
         )
     changed = ", ".join(request.changed_inputs(existing)) or f"schema {existing.schema_version}"
     return WeaverError(
         f"{folder}: made from another {changed}",
-        why=f"{changed} changed after this stage ran",
-        fix=f"rerun this stage: {command} --force",
+        why=f"{changed} changed after {request.stage} ran",
+        fix=f"rerun {request.stage}: rm -r {folder}, then the same command",
     )
 
 
@@ -173,7 +177,9 @@ class StageRun:
         self, context: StageContext, request: StageRequest, model: ModelIdentity, dtype: str
     ) -> None:
         self.context = context
-        self.request = request
+        self.request = request.model_copy(
+            update={"inputs": seen_from(context.run_dir, request.inputs)}
+        )
         self.model = model
         self.dtype = dtype
         self.folder = context.folder(request.stage)
@@ -190,10 +196,9 @@ class StageRun:
         if self.context.dry_run:
             raise WouldRun(self.status)
         if self.status == "run":
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
+            _clear(self.folder)
             write_json(self.folder / REQUEST, self.request.model_dump(mode="json"))
-        for leftover in self.folder.rglob(".*.tmp"):
+        for leftover in [path for path in self.folder.rglob(".*") if _is_temporary(path)]:
             leftover.unlink()
 
     def skipped(self) -> StageManifest:
@@ -203,7 +208,7 @@ class StageRun:
             WeaverError: a file is missing or cut off.
         """
         manifest = read_manifest(self.folder, rebuild=self.command)
-        check_outputs(self.folder, manifest, command=self.command)
+        check_outputs(self.folder, manifest)
         return manifest
 
     def layer_path(self, layer: int) -> Path:
@@ -219,7 +224,7 @@ class StageRun:
         path = self.layer_path(layer)
         if not path.exists():
             return False
-        check_tensors_file(path, rebuild=f"rm {path}; {self.command}")
+        check_tensors_file(path, rebuild=f"rm {path}, then rerun {self.command} as before")
         return True
 
     def finish(self, summary: dict[str, Any]) -> StageManifest:
@@ -247,77 +252,17 @@ class StageRun:
         return manifest
 
 
-def layer_path(folder: Path, layer: int) -> Path:
-    """File of one layer inside a stage's folder."""
-    return folder / f"layer_{layer:03d}.safetensors"
+def _clear(folder: Path) -> None:
+    """Empty a stage's folder so that a kill at any moment leaves a state that ``decide`` knows.
 
-
-def check_outputs(folder: Path, manifest: StageManifest, *, command: str) -> None:
-    """Check that every output of a complete stage is there, tensor files at their full length.
-
-    Raises:
-        WeaverError: naming the file and the command that makes it again.
+    The manifest goes first (the stage is no longer complete), the request stays last (the folder is
+    weaver's own); the next request then replaces it.
     """
-    for name in manifest.outputs:
-        path = folder / name
-        if path.suffix == ".safetensors":
-            check_tensors_file(path, rebuild=f"{command} --force")
-        elif not path.is_file():
-            raise WeaverError(
-                f"{path}: missing",
-                why="the stage is complete, so the file was removed afterwards",
-                fix=f"{command} --force",
-            )
-
-
-def parent(folder: Path, stage: str) -> tuple[StageManifest, InputRef]:
-    """Manifest of a finished parent stage and the reference to it.
-
-    Raises:
-        WeaverError: the parent has not finished, or one of its files is damaged.
-    """
-    command = stage_command(stage, folder.parent)
-    if not (folder / MANIFEST).exists():
-        raise WeaverError(
-            f"{folder}: no finished {stage} stage",
-            why=f"this stage reads what {stage} writes",
-            fix=command
-            if stage != "calibrate"
-            else f"weaver calibrate MODEL --run-dir {folder.parent}",
-        )
-    manifest = read_manifest(folder, rebuild=command)
-    if manifest.request.stage != stage:
-        raise WeaverError(
-            f"{folder}: is a {manifest.request.stage} stage, not {stage}",
-            why="the manifest says so",
-            fix=f"name the folder that {command} wrote",
-        )
-    check_outputs(folder, manifest, command=command)
-    return manifest, InputRef(path=str(folder.resolve()), digest=manifest.digest)
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for this process; the lock goes with the process, even if killed.
-
-    Raises:
-        WeaverError: another process works there, or the folder cannot be written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_path(run_dir / ".writable") as probe:
-            probe.touch()
-        (run_dir / ".writable").unlink(missing_ok=True)
-        handle = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise write_error(run_dir, error) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WeaverError(
-                f"{run_dir}: another weaver process is at work here",
-                why="two processes in one run directory would overwrite each other",
-                fix="wait for it, or use another --run-dir",
-            ) from error
-        yield
+    if not folder.exists():
+        return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != REQUEST:
+            path.unlink()

@@ -1,0 +1,133 @@
+"""What the tensors that stages exchange must satisfy, and the numbers they derive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+
+
+def layout(**changes: Any) -> ExpertLayout:
+    values: dict[str, Any] = {
+        "intermediate_size": 10,
+        "top_k": 2,
+        "shared_S": torch.tensor([9, 0, 4]),
+        "experts_EN": torch.tensor([[1, 2], [8, 3], [5, 7]]),
+    }
+    return ExpertLayout(**values | changes)
+
+
+def test_a_layout_by_hand() -> None:
+    found = layout()
+    assert found.num_shared_neurons == 3
+    assert (found.num_routed_experts, found.expert_width) == (3, 2)
+    assert found.active_neurons == 3 + 2 * 2
+    assert found.ffn_sparsity == pytest.approx(0.3)
+    assert found.permutation.tolist() == [9, 0, 4, 1, 2, 8, 3, 5, 7]
+
+
+def test_a_static_layout() -> None:
+    found = layout(top_k=0, experts_EN=torch.zeros(0, 0, dtype=torch.int64))
+    assert (found.num_routed_experts, found.expert_width, found.active_neurons) == (0, 0, 3)
+    assert found.ffn_sparsity == pytest.approx(0.7)
+    assert found.permutation.tolist() == [9, 0, 4]
+
+
+NONE_S = torch.zeros(0, dtype=torch.int64)
+NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shared_S": torch.tensor([1])}, "a neuron is assigned twice"),
+        ({"shared_S": torch.tensor([0, 0])}, "a neuron is assigned twice"),
+        ({"shared_S": torch.tensor([10])}, r"neuron id outside 0\.\.9"),
+        ({"shared_S": torch.tensor([-1])}, r"neuron id outside 0\.\.9"),
+        ({"top_k": 0}, r"top_k=0 outside 1\.\.3"),
+        ({"top_k": 4}, r"top_k=4 outside 1\.\.3"),
+        ({"top_k": 1, "experts_EN": NONE_EN}, r"top_k=1 outside 0\.\.0"),
+        ({"top_k": 0, "experts_EN": NONE_EN, "shared_S": NONE_S}, "layout holds no neuron"),
+        ({"shared_S": torch.tensor([[0]])}, "shared_S is a vector, experts_EN a matrix"),
+        ({"experts_EN": torch.tensor([1, 2])}, "shared_S is a vector, experts_EN a matrix"),
+    ],
+)
+def test_what_is_no_layout(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout(**changes)
+
+
+@given(st.data())
+def test_layout_properties(data: st.DataObject) -> None:
+    experts, width = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 4))
+    shared = data.draw(st.integers(0 if experts else 1, 6))
+    dropped = data.draw(st.integers(0, 3))
+    total = shared + experts * width + dropped
+    order = torch.tensor(data.draw(st.permutations(range(total))))
+    routed = order[shared : shared + experts * width]
+    top_k = data.draw(st.integers(1, experts)) if experts else 0
+    found = ExpertLayout(
+        total, top_k, order[:shared], routed.reshape(experts, width if experts else 0)
+    )
+    assert sorted(found.permutation.tolist()) == sorted(order[: total - dropped].tolist())
+    assert found.ffn_sparsity == pytest.approx(1 - (shared + top_k * width) / total)
+    assert ExpertLayout.build(found.tensors(), found.scalars()).permutation.equal(found.permutation)
+
+
+def router(**changes: Any) -> Router:
+    values: dict[str, Any] = {
+        "kind": "linear",
+        "weight_ED": torch.ones(3, 4),
+        "scale_E": torch.zeros(3),
+        "balance_bias_E": torch.zeros(3),
+    }
+    return Router(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "cubic"}, "router kind 'cubic' is not one of"),
+        ({"kind": "glu"}, "router kind 'glu' and up_weight_ED do not agree"),
+        ({"up_weight_ED": torch.ones(3, 4)}, "router kind 'linear' and up_weight_ED do not agree"),
+        ({"scale_E": torch.zeros(4)}, "one value per expert"),
+        ({"scale_E": torch.zeros(3, 1)}, "one value per expert"),
+        ({"balance_bias_E": torch.zeros(2)}, "one value per expert"),
+        ({"kind": "glu", "up_weight_ED": torch.ones(3, 5)}, "differ in shape"),
+    ],
+)
+def test_what_is_no_router(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        router(**changes)
+
+
+def test_tensors_and_scalars() -> None:
+    assert set(router().tensors()) == {"weight_ED", "scale_E", "balance_bias_E"}
+    assert router().scalars() == {"kind": "linear"}
+    again = Router.build({**router().tensors(), "of_another_version": NONE_S}, {"kind": "linear"})
+    assert again.up_weight_ED is None
+    with pytest.raises(TypeError, match="weight_ED"):
+        Router.build({}, {"kind": "linear"})
+
+
+def test_the_statistics_a_profile_derives() -> None:
+    profile = LayerProfile(
+        sample_gate_mean_MF=torch.zeros(2, 2),
+        sample_gate_abs_mean_MF=torch.tensor([[1.0, 2.0], [5.0, 4.0]]),
+        sample_tokens_M=torch.tensor([3, 1]),
+        sample_groups_M=torch.tensor([0, 1]),
+        hidden_mean_F=torch.tensor([2.0, -3.0]),
+        hidden_variance_F=torch.tensor([0.5, 1.0]),
+        marker_neurons_TA=torch.zeros(4, 1, dtype=torch.int32),
+        ffn_inputs_ND=torch.zeros(4, 2),
+        tokens=4,
+    )
+    assert profile.intermediate_size == 2
+    assert profile.hidden_second_moment_F.tolist() == [4.5, 10.0]
+    # (3 * 1 + 1 * 5) / 4 and (3 * 2 + 1 * 4) / 4.
+    assert profile.gate_abs_mean_F.tolist() == [2.0, 2.5]

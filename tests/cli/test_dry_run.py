@@ -1,0 +1,109 @@
+"""``weaver run --dry-run``: says what would be done, and does nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import file_times, run_config, run_stages, run_values, write_config
+from typer.testing import CliRunner
+
+from weaver.cli.app import app
+from weaver.config import ModelConfig
+from weaver.models.checkpoint import Checkpoint
+from weaver.stages.estimate import estimate
+
+
+@pytest.fixture
+def config(tiny_llama: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "run.yaml", run_values(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def half_finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the assembled model, with the last layers of its router missing."""
+    run_dir = tmp_path_factory.mktemp("dry") / "run"
+    run_stages(run_config(tiny_llama), run_dir, until="assemble")
+    for name in ("manifest.json", "layer_003.safetensors"):
+        (run_dir / "router" / name).unlink()
+    return run_dir
+
+
+def _dry_run(config: Path, run_dir: Path, *more: str) -> tuple[int, str]:
+    arguments = ["run", str(config), "--run-dir", str(run_dir), "--dry-run", *more]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
+    assert "Traceback" not in result.output
+    return result.exit_code, result.output
+
+
+def _words(output: str) -> dict[str, str]:
+    """Stage and what would happen to it, from the printed table."""
+    rows = [[cell.strip() for cell in line.split("│")] for line in output.splitlines()]
+    return {row[1]: row[2] for row in rows if len(row) > 3}
+
+
+def test_a_fresh_directory_would_run_everything_and_is_not_made(
+    config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "fresh" / "run"
+    before = file_times(tmp_path)
+
+    code, output = _dry_run(config, run_dir)
+
+    assert code == 0
+    assert set(_words(output).values()) == {"run"}
+    assert "estimate:" in output
+    assert file_times(tmp_path) == before
+    assert not run_dir.parent.exists()
+
+
+def test_a_half_finished_run_would_be_resumed(config: Path, half_finished: Path) -> None:
+    before = file_times(half_finished)
+
+    code, output = _dry_run(config, half_finished)
+
+    assert code == 0
+    assert _words(output) == {
+        "calibrate": "skip",
+        "partition": "skip",
+        "build-router": "resume",
+        "assemble": "run",
+        "eval": "run",
+        "bench": "run",
+    }
+    assert file_times(half_finished) == before
+
+
+def test_a_refused_run_exits_1_and_names_the_keys(config: Path, half_finished: Path) -> None:
+    before = file_times(half_finished)
+
+    code, output = _dry_run(config, half_finished, "--set", "partition.sparsity=0.5")
+
+    assert code == 1
+    words = _words(output)
+    assert (words["calibrate"], words["partition"], words["bench"]) == ("skip", "refuse", "refuse")
+    assert "sparsity: 0.25 on disk, 0.5 asked for" in " ".join(output.split())
+    assert file_times(half_finished) == before
+
+
+def test_a_single_stage_says_it_too(half_finished: Path) -> None:
+    for stage, said in (("build-router", "would resume"), ("assemble", "no finished build-router")):
+        arguments = [stage, "--run-dir", str(half_finished), "--dry-run"]
+        result = CliRunner().invoke(app, arguments)
+        assert said in result.output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimates_of_disk_are_near_what_is_written(
+    dtype: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = run_config(tiny_llama, calibrate={"tokens": 4096}, assemble={"dtype": dtype})
+    run_stages(config, tmp_path, until="assemble")
+
+    needs = estimate(config, Checkpoint(ModelConfig(path=str(tiny_llama))))
+
+    weights = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert needs.model_disk == pytest.approx(weights, rel=0.2)
+    profiles = [*tmp_path.glob("calibrate/layer_*"), *tmp_path.glob("partition/profile/*")]
+    written = sum(path.stat().st_size for path in profiles)
+    assert needs.profile_disk == pytest.approx(written, rel=0.5)

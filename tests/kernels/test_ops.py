@@ -1,0 +1,186 @@
+"""The grouped path against the definition: outputs, gradients, and the choice between them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from weaver.algorithms.glu import GluWeights, glu_forward
+from weaver.kernels import ops
+from weaver.kernels.ops import (
+    choose_path,
+    grouped_forward,
+    moe_forward,
+    predicted_gain,
+    slice_neurons,
+)
+from weaver.kernels.reference import Routing, masked_forward
+
+# T, D, S, E, N, K and what is special about the routing.
+SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
+    "ordinary": (33, 16, 10, 4, 6, 2, {}),
+    "an empty expert": (33, 16, 10, 4, 6, 2, {"never": 0}),
+    "one hot expert": (33, 16, 10, 4, 6, 1, {"hot": 2}),
+    "all experts": (33, 16, 10, 4, 6, 4, {}),
+    "one expert": (33, 16, 10, 1, 6, 1, {}),
+    "one token": (1, 16, 10, 4, 6, 2, {}),
+    "no token": (0, 16, 10, 4, 6, 2, {}),
+    "nothing shared": (33, 16, 0, 4, 6, 2, {}),
+    "nothing shared, no token": (0, 16, 0, 4, 6, 2, {}),
+    "odd sizes": (37, 13, 11, 5, 9, 3, {}),
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+def problem(
+    make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype, *, biases: bool = True
+) -> tuple[Tensor, GluWeights, Routing, int]:
+    tokens, hidden, shared, experts, width, top_k, special = SHAPES[case]
+    weights = make_ffn(hidden, shared + experts * width, dtype=dtype, biases=biases)
+    generator = torch.Generator().manual_seed(7)
+    x_TD = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    return x_TD, weights, make_routing(tokens, experts, top_k, **special), shared
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_same_outputs(make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype) -> None:
+    x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype)
+    y_TD = grouped_forward(x_TD, weights, routing, shared)
+    expected_TD = masked_forward(x_TD, weights, routing, shared)
+    assert y_TD.dtype == expected_TD.dtype == dtype
+    assert y_TD.shape == x_TD.shape
+    if len(x_TD) > 1:
+        assert 0.3 < expected_TD.float().std() < 5  # Else the absolute tolerance says nothing.
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(y_TD, expected_TD, rtol=tolerance, atol=tolerance)
+
+
+def test_sixteen_bit_is_as_near_to_the_truth_as_the_definition(
+    make_ffn: Any, make_routing: Any
+) -> None:
+    x_TD, weights, routing, shared = problem(
+        make_ffn, make_routing, "ordinary", torch.bfloat16, biases=False
+    )
+    truth_TD = masked_forward(x_TD.double(), weights.to(torch.float64), routing, shared)
+    grouped = (grouped_forward(x_TD, weights, routing, shared) - truth_TD).norm()
+    masked = (masked_forward(x_TD, weights, routing, shared) - truth_TD).norm()
+    assert grouped < 1.2 * masked
+    assert grouped < 0.02 * truth_TD.norm()
+
+
+def leaves(x_TD: Tensor, weights: GluWeights, routing: Routing) -> dict[str, Tensor]:
+    named = {"x_TD": x_TD, "weights_TK": routing.weights_TK}
+    named |= {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "activation"}
+    return {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
+
+
+def gradients(forward: Any, leaf: dict[str, Tensor], routing: Routing, shared: int) -> list[Tensor]:
+    named = {name: leaf[name] for name in leaf if name not in {"x_TD", "weights_TK"}}
+    weights = GluWeights(activation="silu", **named)
+    routing = replace(routing, weights_TK=leaf["weights_TK"])
+    y_TD = forward(leaf["x_TD"], weights, routing, shared)
+    toward_TD = torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)
+    return list(torch.autograd.grad(y_TD, list(leaf.values()), toward_TD, materialize_grads=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_same_gradients(
+    make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype
+) -> None:
+    x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype)
+    leaf = leaves(x_TD, weights, routing)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    found = gradients(grouped_forward, leaf, routing, shared)
+    expected = gradients(masked_forward, leaf, routing, shared)
+    for name, ours, theirs in zip(leaf, found, expected, strict=True):
+        # The factors are float32 in both, so their gradient is rounded to it.
+        limit = max(tolerance, 1e-6) if name == "weights_TK" else tolerance
+        torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit, msg=name)
+        if len(x_TD):
+            assert theirs.abs().max() > 0, name
+
+
+def test_gradients_of_an_expert_without_tokens_are_zero(make_ffn: Any, make_routing: Any) -> None:
+    x_TD, weights, routing, shared = problem(
+        make_ffn, make_routing, "an empty expert", torch.float64
+    )
+    leaf = leaves(x_TD, weights, routing)
+    found = dict(zip(leaf, gradients(grouped_forward, leaf, routing, shared), strict=True))
+    for name in ("gate_FD", "up_FD", "down_FD"):
+        assert found[name][shared : shared + 6].abs().max() == 0
+        assert (found[name][shared + 6 :].abs().amax(dim=1) > 0).all()
+
+
+def test_gradients_are_right(make_ffn: Any, make_routing: Any) -> None:
+    """Against finite differences, so that both paths cannot be wrong together."""
+    x_TD, weights, routing, _ = problem(make_ffn, make_routing, "odd sizes", torch.float64)
+    few = replace(routing, ids_TK=routing.ids_TK[:3], weights_TK=routing.weights_TK[:3])
+    assert torch.autograd.gradcheck(
+        lambda x, gate: grouped_forward(x, replace(weights, gate_FD=gate), few, 11),
+        (x_TD[:3].clone().requires_grad_(), weights.gate_FD.clone().requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_slices_of_the_stored_weights(make_ffn: Any, biases: bool) -> None:
+    weights, x_TD = make_ffn(8, 12, biases=biases), torch.randn(3, 8, dtype=torch.float64)
+    first = slice_neurons(weights, 0, 5)
+    rest = slice_neurons(weights, 5, 12, output_bias=False)
+    assert first.gate_FD.data_ptr() == weights.gate_FD.data_ptr()
+    assert rest.intermediate_size == 7
+    assert rest.output_bias_D is None
+    total_TD = glu_forward(x_TD, first) + glu_forward(x_TD, rest)
+    torch.testing.assert_close(total_TD, glu_forward(x_TD, weights))
+
+
+def test_the_choice_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T = 10, D = 8, E = 4 experts of N = 10, K = 1, at made-up costs."""
+    matrix_FD = torch.zeros(50, 8)
+    weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
+    routing = Routing(torch.zeros(10, 1, dtype=torch.int64), torch.ones(10, 1), 4)
+    monkeypatch.setattr(ops, "MACS_PER_SECOND", {torch.float32: 100.0})
+    monkeypatch.setattr(ops, "SECONDS_PER_VALUE", 0.5)
+    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 3.0)
+    # 3 * 80 * (4 - 1) * 10 / 100 = 72 saved, 80 * 1 * 0.5 = 40 to gather, 4 * 3 of overhead.
+    assert predicted_gain(10, weights, routing, 10) == pytest.approx(72 - 40 - 12)
+    assert choose_path(10, weights, routing, 10) == "grouped"
+    # Two tokens use two experts at most: 3 * 16 * 3 * 10 / 100 - 16 * 0.5 - 2 * 3.
+    assert predicted_gain(2, weights, routing, 10) == pytest.approx(14.4 - 8 - 6)
+    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 8.0)
+    assert choose_path(10, weights, routing, 10) == "masked"
+    assert choose_path(10, weights, None, 50) == "masked"
+
+
+def test_nothing_is_gained_when_all_experts_are_active() -> None:
+    matrix_FD = torch.empty(14336, 4096, device="meta")
+    weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
+    routing = Routing(torch.arange(8).expand(4096, 8), torch.ones(4096, 8), 8)
+    assert choose_path(4096, weights, routing, 0) == "masked"
+
+
+def test_one_token_of_a_small_model_is_masked_and_a_long_prompt_of_a_large_one_is_grouped() -> None:
+    def path(tokens: int, hidden: int, intermediate: int) -> str:
+        matrix_FD = torch.empty(intermediate, hidden, device="meta")
+        routing = Routing(torch.zeros(tokens, 6, dtype=torch.int64), torch.ones(tokens, 6), 8)
+        return choose_path(tokens, GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu"), routing, 0)
+
+    assert path(1, 576, 1536) == "masked"
+    assert path(2048, 4096, 14336) == "grouped"
+
+
+@pytest.mark.parametrize("path", ["masked", "grouped"])
+def test_the_chosen_path_is_taken(
+    make_ffn: Any, make_routing: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    x_TD, weights, routing, shared = problem(make_ffn, make_routing, "ordinary", torch.float32)
+    expected_TD = moe_forward(x_TD, weights, routing, shared)
+    other = {"masked": "grouped_forward", "grouped": "masked_forward"}[path]
+    monkeypatch.setattr(ops, "choose_path", lambda *_: path)
+    monkeypatch.setattr(ops, other, lambda *_: pytest.fail(f"{other} was called"))
+    torch.testing.assert_close(moe_forward(x_TD, weights, routing, shared), expected_TD)

@@ -1,0 +1,185 @@
+"""The definition of the MoE FFN against a loop over tokens and experts, and routing by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_forward
+from weaver.artifacts.types import Router
+from weaver.kernels.reference import (
+    Routing,
+    masked_forward,
+    route,
+    router_probabilities,
+)
+
+
+def token_by_token(
+    x_TD: Tensor, weights: GluWeights, routing: Routing | None, num_shared: int
+) -> Tensor:
+    """``y = sum_j f_j act(x gate_j + b_j) (x up_j + c_j) down_j + bias``, neuron by neuron."""
+    rows = []
+    for token, x_D in enumerate(x_TD):
+        neurons = [(j, 1.0) for j in range(num_shared)]
+        if routing is not None:
+            width = (weights.intermediate_size - num_shared) // routing.num_experts
+            for expert, factor in zip(
+                routing.ids_TK[token].tolist(), routing.weights_TK[token].tolist(), strict=True
+            ):
+                start = num_shared + expert * width
+                neurons += [(j, factor) for j in range(start, start + width)]
+        y_D = torch.zeros_like(x_D)
+        for j, factor in neurons:
+            gate, up = x_D @ weights.gate_FD[j], x_D @ weights.up_FD[j]
+            if weights.gate_bias_F is not None and weights.up_bias_F is not None:
+                gate, up = gate + weights.gate_bias_F[j], up + weights.up_bias_F[j]
+            y_D = y_D + factor * ACTIVATIONS[weights.activation](gate) * up * weights.down_FD[j]
+        rows.append(y_D if weights.output_bias_D is None else y_D + weights.output_bias_D)
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)
+
+
+# T, D, S, E, N, K and what is special about the routing.
+SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
+    "ordinary": (9, 8, 5, 4, 3, 2, {}),
+    "an empty expert": (9, 8, 5, 4, 3, 2, {"never": 1}),
+    "the last expert empty": (9, 8, 5, 4, 3, 2, {"never": 3}),
+    "one hot expert": (9, 8, 5, 4, 3, 1, {"hot": 2}),
+    "all experts": (9, 8, 5, 4, 3, 4, {}),
+    "one expert": (9, 8, 5, 1, 3, 1, {}),
+    "one token": (1, 8, 5, 4, 3, 2, {}),
+    "no token": (0, 8, 5, 4, 3, 2, {}),
+    "nothing shared": (9, 8, 0, 4, 3, 2, {}),
+    "nothing shared, no token": (0, 8, 0, 4, 3, 2, {}),
+    "experts of one neuron": (9, 8, 5, 7, 1, 3, {}),
+    "odd sizes": (13, 7, 11, 5, 9, 3, {}),
+}
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("case", SHAPES)
+def test_masked_forward_is_the_loop(
+    make_ffn: Any, make_routing: Any, case: str, biases: bool
+) -> None:
+    tokens, hidden, shared, experts, width, top_k, special = SHAPES[case]
+    weights = make_ffn(hidden, shared + experts * width, biases=biases)
+    routing = make_routing(tokens, experts, top_k, **special)
+    x_TD = torch.randn(tokens, hidden, dtype=torch.float64)
+    y_TD = masked_forward(x_TD, weights, routing, shared)
+    assert y_TD.dtype == torch.float64
+    expected_TD = token_by_token(x_TD, weights, routing, shared)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(make_ffn: Any, make_routing: Any, activation: str) -> None:
+    weights, x_TD = make_ffn(6, 14, activation=activation), torch.randn(5, 6, dtype=torch.float64)
+    routing = make_routing(5, 4, 2)
+    torch.testing.assert_close(
+        masked_forward(x_TD, weights, routing, 2), token_by_token(x_TD, weights, routing, 2)
+    )
+
+
+def test_a_static_layer_is_a_smaller_dense_one(make_ffn: Any) -> None:
+    weights, x_TD = make_ffn(6, 14, biases=True), torch.randn(5, 6, dtype=torch.float64)
+    y_TD = masked_forward(x_TD, weights, None, 14)
+    torch.testing.assert_close(y_TD, glu_forward(x_TD, weights))
+    torch.testing.assert_close(y_TD, token_by_token(x_TD, weights, None, 14))
+
+
+def test_by_hand() -> None:
+    """Two inputs, one shared neuron, two experts of one neuron, ReLU."""
+    weights = GluWeights(
+        gate_FD=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        up_FD=torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]),
+        down_FD=torch.tensor([[1.0, 0.0], [0.0, 1.0], [10.0, 10.0]]),
+        activation="relu",
+    )
+    x_TD = torch.tensor([[2.0, 3.0], [-1.0, 3.0]])
+    # Token 0: h = (2 * 2, 3 * 6, 5 * 2) = (4, 18, 10); token 1: h = (0, 18, 2 * -1) = (0, 18, -2).
+    routing = Routing(torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]]), 2)
+    y_TD = masked_forward(x_TD, weights, routing, 1)
+    assert y_TD.tolist() == [[4.0, 9.0], [-40.0, -40.0]]
+
+
+def test_factors_by_hand() -> None:
+    routing = Routing(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.5, 2.0], [3.0, 4.0]]), 3)
+    assert routing.factors_TE().tolist() == [[2.0, 0.0, 0.5], [0.0, 3.0, 4.0]]
+
+
+def router_of(weight_ED: Tensor, up_weight_ED: Tensor | None = None, **values: float) -> Router:
+    experts = weight_ED.shape[0]
+    return Router(
+        kind="linear" if up_weight_ED is None else "glu",
+        weight_ED=weight_ED,
+        scale_E=torch.full((experts,), values.get("scale", 0.0)),
+        balance_bias_E=torch.zeros(experts),
+        up_weight_ED=up_weight_ED,
+    )
+
+
+def test_linear_probabilities_by_hand() -> None:
+    router = router_of(torch.tensor([[math.log(2.0), 0.0], [0.0, 0.0], [0.0, math.log(5.0)]]))
+    # softmax(log 2, 0, 0) = (2, 1, 1) / 4; softmax(0, 0, log 5) = (1, 1, 5) / 7.
+    found_TE = router_probabilities(torch.eye(2), router, "silu")
+    torch.testing.assert_close(found_TE, torch.tensor([[0.5, 0.25, 0.25], [1 / 7, 1 / 7, 5 / 7]]))
+
+
+def test_glu_probabilities_by_hand() -> None:
+    """Scores |(x up) relu(x gate)|: the sign of up does not matter, a closed gate gives 0."""
+    gate_ED = torch.tensor([[1.0], [-1.0], [2.0]])
+    up_ED = torch.tensor([[-math.log(3.0)], [7.0], [math.log(3.0)]])
+    found_TE = router_probabilities(torch.ones(1, 1), router_of(gate_ED, up_ED), "relu")
+    # exp(|-log 3| * 1) = 3, exp(0) = 1, exp(log 3 * 2) = 9.
+    torch.testing.assert_close(found_TE, torch.tensor([[3.0, 1.0, 9.0]]) / 13)
+
+
+def test_the_activation_of_the_glu_router() -> None:
+    router = router_of(torch.ones(2, 1), torch.tensor([[0.0], [1.0]]))
+    found_TE = router_probabilities(torch.ones(1, 1), router, "silu")
+    # silu(1) = 0.731059, exp(0.731059) = 2.077279.
+    assert float(found_TE[0, 1]) == pytest.approx(2.077279 / 3.077279, rel=1e-5)
+
+
+def test_routing_by_hand() -> None:
+    router = Router(
+        kind="linear",
+        weight_ED=torch.log(torch.tensor([[5.0], [3.0], [2.0]])),
+        scale_E=torch.tensor([10.0, 1.0, 2.0]),
+        balance_bias_E=torch.tensor([-0.4, 0.0, 0.0]),
+    )
+    routing = route(torch.ones(1, 1), router, "silu", 2)
+    # Probabilities (0.5, 0.3, 0.2); with the bias (0.1, 0.3, 0.2) experts 1 and 2 win. The bias
+    # does not enter the factors 1 + 0.3 * 1 and 1 + 0.2 * 2.
+    assert routing.ids_TK.tolist() == [[1, 2]]
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[1.3, 1.4]]))
+    assert routing.num_experts == 3
+
+
+@given(tokens=st.integers(0, 6), experts=st.integers(1, 6), seed=st.integers(0, 99), data=st.data())
+def test_routing_properties(tokens: int, experts: int, seed: int, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(seed)
+    router = router_of(torch.randn(experts, 3, generator=generator))
+    routing = route(torch.randn(tokens, 3, generator=generator), router, "silu", top_k)
+    assert routing.ids_TK.shape == (tokens, top_k)
+    assert all(len(set(ids)) == top_k for ids in routing.ids_TK.tolist())
+    assert torch.equal(routing.weights_TK, torch.ones(tokens, top_k))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_routing_is_computed_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(64, 32, generator=generator).to(dtype)
+    router = router_of(torch.randn(16, 32, generator=generator).to(dtype), scale=1.0)
+    exact = router_of(router.weight_ED.float(), scale=1.0)
+    low, full = route(x_TD, router, "silu", 4), route(x_TD.float(), exact, "silu", 4)
+    assert torch.equal(low.ids_TK, full.ids_TK)
+    assert torch.equal(low.weights_TK, full.weights_TK)
+    assert low.weights_TK.dtype == torch.float32

@@ -1,0 +1,142 @@
+"""Parameters and FLOPs: hand-worked numbers, and the counts of real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_conversions import (
+    OpenTiny,
+    account_of,
+    load_converted,
+    random_conversions,
+    random_layout,
+    random_router,
+    write_converted,
+)
+from tiny_models import TINY
+
+from weaver.artifacts.types import ROUTER_KINDS, RouterKind
+from weaver.models.accounting import LayerShape, ModelAccount
+
+# D = 4: S = 2 shared neurons, E = 3 experts of N = 5, K = 1.
+SHAPE = LayerShape(2, 3, 5, 1, "linear")
+
+
+def test_a_layer_by_hand() -> None:
+    assert SHAPE.total_neurons == 2 + 3 * 5
+    assert SHAPE.active_neurons == 2 + 1 * 5
+    # 17 neurons of 3 * 4 weights; the router: 3 rows of 4 and 3 scales.
+    assert SHAPE.parameters(4, active=False) == 17 * 12 + 12 + 3
+    assert SHAPE.parameters(4, active=True) == 7 * 12 + 12 + 3
+    # 2 FLOPs for each of the 7 * 12 weights and the 12 of the router.
+    assert SHAPE.flops(4) == 2 * (7 * 12 + 12)
+
+
+def test_biases_and_the_glu_router_by_hand() -> None:
+    shape = LayerShape(2, 3, 5, 1, "glu", gate_bias=True, up_bias=True, output_bias=True)
+    # Two biases a neuron, one of the output (4), two router matrices of 12, 3 scales.
+    assert shape.parameters(4, active=False) == 17 * 14 + 4 + 24 + 3
+    assert shape.parameters(4, active=True) == 7 * 14 + 4 + 24 + 3
+    assert shape.flops(4) == 2 * (7 * 12 + 24)
+
+
+def test_a_static_layer_by_hand() -> None:
+    shape = LayerShape(6, output_bias=True)
+    assert shape.parameters(4, active=True) == shape.parameters(4, active=False) == 6 * 12 + 4
+    assert shape.flops(4) == 2 * 6 * 12
+
+
+def test_a_model_by_hand() -> None:
+    """Two layers of F = 17 in a model of 1000 parameters: 2 * 17 * 12 = 408 are in the FFNs."""
+    account = ModelAccount(4, 17, 1000, [SHAPE, LayerShape(8)])
+    assert account.total_parameters == 1000 - 408 + (204 + 15) + 96
+    assert account.active_parameters == 1000 - 408 + (84 + 15) + 96
+    assert account.dense_ffn_flops == 2 * 408
+    assert account.ffn_flops == 2 * (84 + 12) + 2 * 96
+    assert account.ffn_sparsity == pytest.approx(1 - 15 / 34)
+    assert account.speed_bound == pytest.approx(1000 / 787)
+
+
+def test_the_biases_of_the_dense_ffn_by_hand() -> None:
+    account = ModelAccount(
+        4, 17, 1000, [LayerShape(8, output_bias=True)], True, False, dense_output_bias=True
+    )
+    # The dense layer has 17 * (12 + 1) + 4 = 225 parameters, the static one 8 * 12 + 4 = 100.
+    assert account.total_parameters == account.active_parameters == 1000 - 225 + 100
+
+
+def test_a_conversion_of_everything_costs_its_routers_only() -> None:
+    account = ModelAccount(4, 17, 1000, [LayerShape(2, 3, 5, 3, "linear")] * 2)
+    assert account.total_parameters == account.active_parameters == 1000 + 2 * 15
+    assert account.ffn_sparsity == 0
+    assert account.ffn_flops - account.dense_ffn_flops == 2 * 2 * 12
+    assert account.speed_bound < 1
+
+
+def test_the_shape_of_a_layout() -> None:
+    layout = random_layout(48, shared=8, experts=5, top_k=2)
+    shape = LayerShape.of(
+        layout, random_router("glu", 5, 4), gate_bias=True, up_bias=False, output_bias=True
+    )
+    assert shape == LayerShape(8, 5, 8, 2, "glu", True, False, True)
+    assert LayerShape(**shape.to_dict()) == shape
+    static = random_layout(48, shared=8, experts=0, top_k=0)
+    assert LayerShape.of(
+        static, None, gate_bias=False, up_bias=False, output_bias=False
+    ) == LayerShape(8)
+
+
+@st.composite
+def routed_shapes(draw: st.DrawFn) -> LayerShape:
+    experts = draw(st.integers(1, 9))
+    return LayerShape(
+        num_shared_neurons=draw(st.integers(0, 30)),
+        n_routed_experts=experts,
+        moe_intermediate_size=draw(st.integers(1, 9)),
+        num_experts_per_tok=draw(st.integers(1, experts)),
+        router_kind=draw(st.sampled_from(ROUTER_KINDS)),
+        gate_bias=draw(st.booleans()),
+        up_bias=draw(st.booleans()),
+        output_bias=draw(st.booleans()),
+    )
+
+
+@given(routed_shapes())
+def test_active_is_at_most_total(shape: LayerShape) -> None:
+    active, total = shape.parameters(8, active=True), shape.parameters(8, active=False)
+    assert active <= total
+    assert (active == total) == (shape.num_experts_per_tok == shape.n_routed_experts)
+    # Biases and scales are added, not multiplied.
+    added = shape.active_neurons * (shape.gate_bias + shape.up_bias)
+    added += 8 * shape.output_bias + shape.n_routed_experts
+    assert shape.flops(8) == 2 * (active - added)
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_the_parameters_of_the_real_model(
+    open_tiny: OpenTiny, tmp_path: Path, variant: str
+) -> None:
+    checkpoint = open_tiny(variant)
+    kind: RouterKind = "glu" if variant in {"mistral", "llama+bias"} else "linear"
+    conversions = random_conversions(checkpoint, shared=8, experts=5, top_k=2, kind=kind)
+    model = load_converted(write_converted(checkpoint, tmp_path / "moe", conversions))
+    account = account_of(checkpoint, conversions)
+    assert account.total_parameters == sum(p.numel() for p in model.parameters())
+    skipped = 3 * 3 * 8 * (3 * 32 + (2 if variant == "llama+bias" else 0))
+    assert account.active_parameters == account.total_parameters - skipped
+    assert account.ffn_sparsity == pytest.approx(1 - 24 / 48)
+
+
+def test_the_parameters_of_a_real_static_model_with_a_bias(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    checkpoint = open_tiny("llama")
+    layout = random_layout(48, shared=30, experts=0, top_k=0, output_bias_D=torch.ones(32))
+    model = load_converted(write_converted(checkpoint, tmp_path / "moe", [(layout, None)] * 3))
+    account = account_of(checkpoint, [(layout, None)] * 3)
+    assert account.total_parameters == sum(p.numel() for p in model.parameters())
+    assert account.active_parameters == account.total_parameters

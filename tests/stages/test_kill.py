@@ -1,0 +1,154 @@
+"""Real processes, killed and interrupted at chosen moments; the rerun ends as if nothing was.
+
+To stop a process right behind a write without a hook in the program, it runs in slices of about a
+millisecond: while it is stopped, the test looks at the files and kills it or lets it go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+from tiny_models import save_tiny_model
+from tiny_runs import (
+    file_times,
+    fork_weaver,
+    run_values,
+    run_weaver,
+    stage_digests,
+    start_weaver,
+    write_config,
+)
+
+LAYERS = 8
+SLICE_SECONDS = 0.001
+DEADLINE_SECONDS = 120
+Moment = Callable[[Path], bool]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration whose stages take long enough to be met inside."""
+    folder = tmp_path_factory.mktemp("kill")
+    save_tiny_model(
+        "llama",
+        folder / "model",
+        byte_tokenizer(),
+        num_hidden_layers=LAYERS,
+        intermediate_size=64,
+        max_position_embeddings=512,
+    )
+    values = run_values(
+        folder / "model",
+        calibrate={"tokens": 2048, "sequence_length": 128},
+        partition={"sequential": True},
+        finetune={
+            "steps": 6,
+            "batch_size": 2,
+            "sequence_length": 64,
+            "checkpoint_every": 2,
+            "learning_rate": 0.001,
+        },
+    )
+    return write_config(folder / "run.yaml", values)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of a run that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    done = run_weaver("run", config, "--run-dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    return stage_digests(run_dir)
+
+
+def _written(stage: str, pattern: str) -> Moment:
+    """The stage has written a file, but not its manifest."""
+    return lambda run_dir: (
+        any((run_dir / stage).glob(pattern)) and not (run_dir / stage / "manifest.json").exists()
+    )
+
+
+def _stop_at(pid: int, alive: Callable[[], bool], moment: Callable[[], bool], send: int) -> None:
+    """Run a process in slices until the moment has come, then send it a signal."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while alive() and time.monotonic() < deadline:
+        os.kill(pid, signal.SIGSTOP)
+        if moment():
+            os.kill(pid, send)
+            os.kill(pid, signal.SIGCONT)
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(SLICE_SECONDS)
+    raise AssertionError("the moment never came")
+
+
+# In the order of the stages, so that one run directory meets them one after the other.
+KILLS: dict[str, Moment] = {
+    "calibrate": _written("calibrate", "layer_001.safetensors"),
+    "partition": _written("partition", "layer_001.safetensors"),
+    "router": _written("router", "layer_001.safetensors"),
+    "model": _written("model", "model.safetensors"),
+    "finetune": _written("finetune", "checkpoints/step-*.safetensors"),
+    "eval": _written("eval", "stage.json"),
+}
+
+
+def test_killed_at_every_stage_a_run_ends_with_the_digests_of_an_undisturbed_one(
+    config: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    layers: dict[str, int] = {}
+    for stage, moment in KILLS.items():
+        process = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
+        assert process.pid is not None
+        _stop_at(process.pid, process.is_alive, partial(moment, run_dir), signal.SIGKILL)
+        process.join(DEADLINE_SECONDS)
+        assert process.exitcode == -signal.SIGKILL
+        times = file_times(run_dir)
+        assert layers.items() <= times.items(), f"rewritten before the kill in {stage}"
+        assert f"{stage}/manifest.json" not in times
+        layers = {name: times[name] for name in times if "layer_" in name and "tmp" not in name}
+    assert sum(name.startswith("router/") for name in layers) == LAYERS
+
+    process = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
+    process.join(DEADLINE_SECONDS)
+
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert layers.items() <= file_times(run_dir).items()
+    assert stage_digests(run_dir) == undisturbed
+    assert not list(run_dir.rglob(".*tmp*"))
+    assert not (run_dir / "finetune" / "checkpoints").exists()
+
+
+def test_ctrl_c_says_how_to_go_on_and_keeps_the_finished_layers(
+    config: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with start_weaver("run", config, "--run-dir", run_dir) as process:
+        moment = partial(KILLS["partition"], run_dir)
+        _stop_at(process.pid, lambda: process.poll() is None, moment, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    layers = {name: t for name, t in file_times(run_dir).items() if "layer_" in name}
+
+    rerun = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
+    rerun.join(DEADLINE_SECONDS)
+
+    assert process.returncode == 1
+    assert [line.split(":")[0].strip() for line in err.strip().splitlines()[-3:]] == [
+        "error",
+        "why",
+        "fix",
+    ]
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert {"calibrate/layer_007.safetensors", "partition/layer_001.safetensors"} <= layers.keys()
+    assert rerun.exitcode == 0, (tmp_path / "log").read_text()
+    assert layers.items() <= file_times(run_dir).items()
+    assert stage_digests(run_dir) == undisturbed

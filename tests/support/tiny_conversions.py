@@ -1,0 +1,144 @@
+"""Random layouts and routers, and the way from a checkpoint to a converted model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from weaver.artifacts.types import ExpertLayout, Router, RouterKind
+from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.models.checkpoint import Checkpoint
+from weaver.models.hf import converted_config, register
+from weaver.models.moe import MoEFeedForward, converted_shape, converted_tensors
+from weaver.models.writing import converted_parts, write_shards
+
+OpenTiny = Callable[..., Checkpoint]
+Conversion = tuple[ExpertLayout, Router | None]
+
+
+def random_layout(
+    intermediate_size: int,
+    *,
+    shared: int,
+    experts: int,
+    top_k: int,
+    width: int | None = None,
+    seed: int = 0,
+    output_bias_D: Tensor | None = None,
+) -> ExpertLayout:
+    """A layout of randomly chosen neurons; by default every neuron that is not shared is routed."""
+    order = torch.randperm(intermediate_size, generator=torch.Generator().manual_seed(seed))
+    if width is None:
+        width = (intermediate_size - shared) // experts if experts else 0
+    routed = order[shared : shared + experts * width]
+    return ExpertLayout(
+        intermediate_size=intermediate_size,
+        top_k=top_k,
+        shared_S=order[:shared],
+        experts_EN=routed.reshape(experts, width),
+        output_bias_D=output_bias_D,
+    )
+
+
+def random_router(
+    kind: RouterKind, experts: int, hidden_size: int, *, seed: int = 0, scale: float = 0.0
+) -> Router:
+    """A router whose choices depend on the token, with a balance bias that matters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix() -> Tensor:
+        return torch.randn(experts, hidden_size, generator=generator)
+
+    return Router(
+        kind=kind,
+        weight_ED=matrix(),
+        scale_E=torch.full((experts,), scale),
+        balance_bias_E=0.1 * torch.randn(experts, generator=generator),
+        up_weight_ED=matrix() if kind == "glu" else None,
+    )
+
+
+def random_conversions(
+    checkpoint: Checkpoint,
+    *,
+    shared: int,
+    experts: int,
+    top_k: int,
+    kind: RouterKind = "linear",
+    scale: float = 0.0,
+    width: int | None = None,
+) -> list[Conversion]:
+    """A different layout and router for every layer."""
+    conversions: list[Conversion] = []
+    for layer in range(checkpoint.num_layers):
+        layout = random_layout(
+            checkpoint.intermediate_size,
+            shared=shared,
+            experts=experts,
+            top_k=top_k,
+            width=width,
+            seed=layer,
+        )
+        router = random_router(kind, experts, checkpoint.hidden_size, seed=layer, scale=scale)
+        conversions.append((layout, router if experts else None))
+    return conversions
+
+
+def shapes_of(checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> list[LayerShape]:
+    """Shape of every converted FFN."""
+    return [
+        converted_shape(checkpoint.ffn(layer, checkpoint.dtype), layout, router)
+        for layer, (layout, router) in enumerate(conversions)
+    ]
+
+
+def account_of(checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> ModelAccount:
+    """The account of a converted model."""
+    weights = checkpoint.ffn(0, checkpoint.dtype)
+    return ModelAccount(
+        hidden_size=checkpoint.hidden_size,
+        intermediate_size=checkpoint.intermediate_size,
+        total_dense_parameters=checkpoint.total_parameters(),
+        layers=shapes_of(checkpoint, conversions),
+        dense_gate_bias=weights.gate_bias_F is not None,
+        dense_up_bias=weights.up_bias_F is not None,
+        dense_output_bias=weights.output_bias_D is not None,
+    )
+
+
+def write_converted(
+    checkpoint: Checkpoint,
+    folder: Path,
+    conversions: Sequence[Conversion],
+    *,
+    dtype: torch.dtype = torch.float32,
+    limit: int = 10**9,
+) -> Path:
+    """Write the converted model as ``assemble`` does: weights in shards, config."""
+
+    def ffn_tensors(layer: int) -> dict[str, Tensor]:
+        return converted_tensors(checkpoint.ffn(layer, dtype), *conversions[layer])
+
+    shapes = shapes_of(checkpoint, conversions)
+    parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
+    write_shards(folder, parts, limit, lambda _name: None)
+    config = converted_config(checkpoint.config, shapes, {"seed": 0})
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    return folder
+
+
+def load_converted(folder: Path) -> PreTrainedModel:
+    """The converted model through transformers' own path, in the dtype it is stored in."""
+    register()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return model
+
+
+def ffns_of(model: nn.Module) -> list[MoEFeedForward]:
+    """The converted FFN of every decoder layer."""
+    return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

@@ -1,0 +1,138 @@
+"""Runs of the stages on a tiny model: configurations, in this process or in a real one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.process
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from weaver.artifacts.manifest import MANIFEST, StageManifest
+from weaver.cli.app import main
+from weaver.config import RunConfig, parse_config
+from weaver.stages.finished import STAGE_FOLDERS
+from weaver.stages.pipeline import run_pipeline, stage_calls
+from weaver.stages.runner import StageContext
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "calibrate": {"tokens": 512, "sequence_length": 64},
+    "partition": {"method": "cmoe", "sparsity": 0.25, "num_experts": 8},
+    "eval": {"sequence_length": 64, "windows": 4},
+    "bench": {"tokens": [1], "decode_tokens": 0, "repeats": 1, "warmup": 0},
+}
+
+
+def run_values(model: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A small configuration; given sections are laid over its own, key by key."""
+    names = _DEFAULTS.keys() | sections.keys()
+    values = {name: {**_DEFAULTS.get(name, {}), **sections.get(name, {})} for name in names}
+    return {"model": {"path": str(model)}, "seed": 0, **values}
+
+
+def run_config(model: Path, **sections: Mapping[str, Any]) -> RunConfig:
+    """``run_values``, validated."""
+    return parse_config(RunConfig, run_values(model, **sections), source="test")
+
+
+def write_config(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a configuration as YAML."""
+    path.write_text(yaml.safe_dump(dict(values)))
+    return path
+
+
+def run_stages(
+    config: RunConfig, run_dir: Path, *, until: str = "bench", **context: Any
+) -> dict[str, StageManifest]:
+    """Run a configuration's stages in this process, up to and including one of them."""
+    calls = stage_calls(config, context.pop("calibration", None))
+    names = list(calls)
+    chosen = {name: calls[name] for name in names[: names.index(until) + 1]}
+    manifests: dict[str, StageManifest] = {}
+    run_pipeline(StageContext(run_dir, **context), chosen, manifests.__setitem__)
+    return manifests
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """What ``eval`` wrote."""
+    results: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
+    return results
+
+
+def stage_digests(run_dir: Path) -> dict[str, str]:
+    """Digest of every finished stage, without bench, which measures time."""
+    return {
+        name: json.loads((run_dir / name / MANIFEST).read_text())["digest"]
+        for name in STAGE_FOLDERS.values()
+        if name != "bench" and (run_dir / name / MANIFEST).exists()
+    }
+
+
+def file_times(folder: Path) -> dict[str, int]:
+    """Modification time of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow above a number of bytes, here and in processes started here."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def start_weaver(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start the program, with this process's number of threads and without a network."""
+    threads = str(torch.get_num_threads())
+    return subprocess.Popen(
+        [sys.executable, "-m", "weaver", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_weaver(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    with start_weaver(*arguments) as process:
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# Forks of a process that has imported torch start in no time; each is a process of its own.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["weaver.cli.app", "weaver.stages.pipeline"])
+
+
+def fork_weaver(log: Path, *arguments: str | Path) -> multiprocessing.process.BaseProcess:
+    """Start the program in a process of its own; what it prints goes to a file."""
+    words = [str(argument) for argument in arguments]
+    process = _FORKS.Process(target=_weaver_main, args=(words, log, torch.get_num_threads()))
+    process.start()
+    return process
+
+
+def _weaver_main(arguments: list[str], log: Path, threads: int) -> None:
+    with log.open("w") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    torch.set_num_threads(threads)
+    sys.argv = ["weaver", *arguments]
+    main()

@@ -1,0 +1,86 @@
+"""The whole chain on SmolLM2-135M, with bounds that fail when a method breaks.
+
+``make test`` fetches the model. The bounds leave room for the small calibration (4,096 tokens), but
+none for a broken method: at 25% sparsity a random split with a random router measures a KL above 2.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import weaver  # noqa: F401 - registers the converted model types
+from weaver.config import (
+    AssembleConfig,
+    CalibrateConfig,
+    EvalConfig,
+    ModelConfig,
+    PartitionConfig,
+    RouterConfig,
+)
+from weaver.stages.assemble import assemble
+from weaver.stages.build_router import build_routers
+from weaver.stages.calibrate import calibrate
+from weaver.stages.evaluate import evaluate
+from weaver.stages.partition import partition
+from weaver.stages.runner import StageContext
+
+MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m"
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One calibration for all methods."""
+    context = StageContext(tmp_path_factory.mktemp("real"))
+    calibrate(
+        context,
+        ModelConfig(path=str(MODEL)),
+        CalibrateConfig(tokens=4096, sequence_length=512, input_sample_mb=1),
+    )
+    return context.folder("calibrate")
+
+
+def convert(run_dir: Path, calibration: Path, **settings: Any) -> dict[str, Any]:
+    """Split, assemble and evaluate; the results."""
+    context = StageContext(run_dir)
+    router = settings.pop("router", None)
+    partition(context, PartitionConfig(sparsity=0.25, **settings), calibration)
+    build_routers(context, RouterConfig(kind=router))
+    assemble(context, AssembleConfig())
+    evaluate(context, EvalConfig(sequence_length=512, windows=4))
+    results: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
+    return results
+
+
+def test_methods_keep_their_quality_and_their_order(tmp_path: Path, calibration: Path) -> None:
+    flap = convert(tmp_path / "flap", calibration, method="flap")
+    routed = convert(tmp_path / "ew", calibration, method="expertweaver")
+    chance = convert(tmp_path / "random", calibration, method="random", router="random")
+    assert 8 < flap["dense"]["perplexity"] < 30
+    assert flap["kl"] < 0.6
+    assert routed["kl"] < 1.1
+    assert flap["kl"] < routed["kl"] < chance["kl"]
+    for results in (flap, routed, chance):
+        assert results["ffn_sparsity"] == pytest.approx(0.25, abs=0.002)
+
+
+def test_the_converted_model_speaks(tmp_path: Path, calibration: Path) -> None:
+    context = StageContext(tmp_path)
+    partition(
+        context, PartitionConfig(method="cmoe", sparsity=0.125, sequential=False), calibration
+    )
+    build_routers(context, RouterConfig())
+    assemble(context, AssembleConfig())
+    folder = context.folder("assemble")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0])

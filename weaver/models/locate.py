@@ -1,0 +1,94 @@
+"""Finding a dense model's files: a folder, a .gguf file, or a name on the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from weaver.artifacts.store import file_digest, read_json
+from weaver.config import ModelConfig
+from weaver.errors import WeaverError
+from weaver.models.gguf import dequantise
+
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# The same weights once more, in the layout of the vendor's own code.
+_HUB_DUPLICATES = ["consolidated*", "original/*"]
+
+
+def locate(model: ModelConfig) -> Path:
+    """The folder that holds a model: as named, dequantised from GGUF, or fetched from the hub.
+
+    Raises:
+        WeaverError: there is no such model, or the hub did not give it.
+    """
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return dequantise(path, _cache_folder() / f"gguf-{file_digest(path)[:16]}")
+    if path.is_dir():
+        return path.resolve()
+    # A hub name may hold dots (Qwen/Qwen2.5-7B), so a suffix alone does not make it a path.
+    looks_local = path.suffix == ".gguf" or path.is_absolute() or model.path.count("/") != 1
+    if looks_local or path.parent.is_dir():
+        raise WeaverError(
+            f"{model.path}: no such model",
+            why="weaver looked for a folder, a .gguf file, and a hub name (owner/name)",
+            fix="make models/smollm2-135m fetches the demo model",
+        )
+    return _download(model)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, chosen as transformers does: one file, else the index.
+
+    Raises:
+        WeaverError: there is none, or the index is damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [folder / name for name in _indexed_names(index)]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeaverError(
+            f"{folder}: no *.safetensors file",
+            why="weaver reads safetensors only; pickle files can run code",
+            fix="convert it once: AutoModelForCausalLM.from_pretrained(...).save_pretrained()",
+        )
+    return files
+
+
+def _indexed_names(index: Path) -> list[str]:
+    fix = f"fetch {index.name} again"
+    try:
+        return sorted(set(read_json(index, rebuild=fix)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeaverError(
+            f"{index}: damaged", why="it holds no mapping named weight_map", fix=fix
+        ) from error
+
+
+def _download(model: ModelConfig) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                allow_patterns=_HUB_PATTERNS,
+                ignore_patterns=_HUB_DUPLICATES,
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise WeaverError(
+            f"{model.path}: not a local folder, and the hub did not give it",
+            why=reason.splitlines()[0],
+            fix="check the name, --revision and the network, or pass a local folder",
+        ) from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("WEAVER_CACHE") or Path.home() / ".cache" / "weaver"
+    return Path(base)

@@ -1,0 +1,52 @@
+"""The model card of a converted model, from what its folder and its recipe say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from weaver.artifacts.manifest import versions
+from weaver.artifacts.store import write_text
+from weaver.methods.registry import get_method
+from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.report.model_card import LayerFacts, ModelCardFacts, model_card
+
+
+def write_card(folder: Path, account: ModelAccount, recipe: dict[str, Any]) -> None:
+    """Write ``README.md`` beside a converted model.
+
+    Args:
+        folder: the model folder.
+        account: sizes of the model, with the shape of every layer.
+        recipe: the resolved configuration of every stage that made the model; the number of
+            training steps stands in its section ``finetune``, if there is one.
+    """
+    spec = get_method(recipe["partition"]["method"])
+    path = recipe["model"]["path"]
+    on_hub = not Path(path).exists()
+    facts = ModelCardFacts(
+        name=f"{Path(path).name}-{spec.name}-{round(100 * account.ffn_sparsity)}",
+        base_model=path if on_hub else Path(path).name,
+        base_model_id=path if on_hub else None,
+        method=spec.name,
+        method_source=spec.source,
+        router=recipe["router"]["kind"],
+        layers=[_layer_facts(shape, account.intermediate_size) for shape in account.layers],
+        total_parameters=account.total_parameters,
+        active_parameters=account.active_parameters,
+        dense_parameters=account.total_dense_parameters,
+        recipe=recipe,
+        weaver_version=versions().get("weaver-moe", "unknown"),
+        finetune_steps=recipe.get("finetune", {}).get("steps", 0),
+    )
+    write_text(folder / "README.md", model_card(facts))
+
+
+def _layer_facts(shape: LayerShape, intermediate_size: int) -> LayerFacts:
+    return LayerFacts(
+        intermediate_size=intermediate_size,
+        num_shared_neurons=shape.num_shared_neurons,
+        num_routed_experts=shape.n_routed_experts,
+        expert_width=shape.moe_intermediate_size,
+        top_k=shape.num_experts_per_tok,
+    )
