@@ -101,10 +101,7 @@ def run_row(
         run_pipeline(context, chosen, lambda _stage, _manifest: None)
     result: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
     result["row"] = row
-    result["seconds"] = sum(
-        json.loads((run_dir / folder / "manifest.json").read_text())["seconds"]
-        for folder in ("partition", "router", "model")
-    )
+    result["router"] = json.loads((run_dir / "router" / "manifest.json").read_text())["summary"]
     return result
 
 
@@ -119,6 +116,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "top-1 agreement",
         "FFN FLOPs",
         "active parameters",
+        "router agreement (by chance)",
     )
     rows = []
     for result in results:
@@ -137,9 +135,21 @@ def table(results: list[dict[str, Any]]) -> str:
                 format_percent(result["top1_agreement"]),
                 f"{flops:.3f}",
                 f"{result['active_parameters'] / 1e6:.1f}M",
+                router_agreement(result["router"]["layers"]),
             )
         )
     return markdown_table(headers, rows)
+
+
+def router_agreement(layers: list[dict[str, float]]) -> str:
+    """Mean over layers of the share of chosen experts that the oracle chooses too."""
+    if not layers:
+        return "-"
+    means = (
+        sum(layer[key] for layer in layers) / len(layers)
+        for key in ("oracle_agreement", "chance_agreement")
+    )
+    return "{:.1%} ({:.1%})".format(*means)
 
 
 def describe(setting: Setting, results: list[dict[str, Any]]) -> str:
@@ -181,7 +191,8 @@ Made by `scripts/make_results.py` (`make results DATA_DIR=...`) on {model}, comp
 checkpoint's dtype (bfloat16). Every method gets the same calibration tokens and is compared at
 equal active FFN neurons (scope: ffn); the router's cost is in the FLOPs column (share of the dense
 FFN's). KL is KL(dense || converted) in nats per token, with a bootstrap interval over windows.
-Nothing here was trained.
+Nothing here was trained. Router agreement: share of a token's K experts that are also among the K
+with the largest output norms, averaged over layers, on calibration tokens.
 
 "sequential": every layer is profiled on the output of the converted layers before it. "one-shot":
 all layers are profiled on the dense model.
