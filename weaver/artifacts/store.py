@@ -140,6 +140,16 @@ def read_tensors(path: Path, *, rebuild: str = "") -> tuple[dict[str, Tensor], d
         raise WeaverError(f"{path}: damaged", why=str(error), fix=fix) from error
 
 
+def read_metadata(path: Path, *, rebuild: str = "") -> dict[str, Any]:
+    """The metadata of a safetensors file that is whole.
+
+    Raises:
+        WeaverError: the file is missing, truncated or not safetensors.
+    """
+    check_tensors_file(path, rebuild=rebuild)
+    return _read_header(path)[1]
+
+
 def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
     """Check that the file is as long as its header says, without reading the tensors.
 

@@ -226,7 +226,7 @@ class Checkpoint:
 
     def _tokenizer_digest(self) -> str:
         digest = hashlib.sha256()
-        for name in _TOKENIZER_FILES:
+        for name in (*_TOKENIZER_FILES, "tokenizer_config.json"):
             path = self.folder / name
             if path.is_file():
                 digest.update(name.encode() + path.read_bytes())

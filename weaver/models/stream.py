@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights, glu_forward
+from weaver.artifacts.store import disk_errors
 from weaver.models.checkpoint import Checkpoint
 
 # Tokens run through a layer at once: large enough for full GEMM speed, small enough that the
@@ -21,6 +24,7 @@ BATCH_TOKENS = 4096
 
 # Hidden states above this size live in a file that the operating system pages in and out.
 SPILL_BYTES = 2 * 1024**3
+SPILL_FILE = "hidden_states.bin"
 
 FfnObserver = Callable[[Tensor], None]
 
@@ -89,10 +93,9 @@ class DecoderStream:
     @torch.no_grad()
     def embed(self, spill_folder: Path) -> Tensor:
         """Inputs of the first layer, (W, T, D), and the arguments of every layer."""
-        windows, length = self.input_ids_WT.shape
-        hidden_WTD = self._allocate((windows, length, self.checkpoint.hidden_size), spill_folder)
+        hidden_WTD = self.allocate(spill_folder)
         self._load_outer()
-        for window in range(windows):
+        for window in range(hidden_WTD.shape[0]):
             self._backbone(input_ids=self.input_ids_WT[window : window + 1], use_cache=False)
             recorded = self._recorders[0].hidden
             assert isinstance(recorded, Tensor)
@@ -146,10 +149,20 @@ class DecoderStream:
         }
         self._backbone.load_state_dict(state, assign=True, strict=False)
 
-    def _allocate(self, shape: tuple[int, int, int], folder: Path) -> Tensor:
-        count = shape[0] * shape[1] * shape[2]
+    def allocate(self, folder: Path) -> Tensor:
+        """Uninitialised hidden states, (W, T, D); above ``SPILL_BYTES`` in a file below ``folder``.
+
+        Raises:
+            WeaverError: the disk has no room for the file.
+        """
+        shape = (*self.input_ids_WT.shape, self.checkpoint.hidden_size)
+        count = math.prod(shape)
         if count * self.dtype.itemsize <= SPILL_BYTES:
             return torch.empty(shape, dtype=self.dtype)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "hidden_states.bin"
+        path = folder / SPILL_FILE
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Reserved now: a write into a mapped hole of a full disk would kill the process.
+            with path.open("wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, count * self.dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=count, dtype=self.dtype).view(shape)

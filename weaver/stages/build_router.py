@@ -47,6 +47,8 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
     run = StageRun(context, request, partition.calibration.identity, "float32")
     if run.status == "skip":
         return run.skipped()
+    if config.kind is not None and resolved.kind is None:
+        context.say(f"note: static layers route nothing, so router {config.kind!r} is not built")
     propagated = partition.manifest.request.config["propagate_router"]
     if partition.sequential and resolved.kind != propagated:
         context.say(

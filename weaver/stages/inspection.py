@@ -58,8 +58,7 @@ def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:
 
 
 def _inspect(stage: str, folder: Path, *, verify: bool) -> StageState:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
+    size = sum(_size(path) for path in folder.rglob("*"))
     if not (folder / MANIFEST).exists():
         layers = sum(path.name.startswith("layer_") for path in folder.iterdir())
         note = f"{layers} layers so far; rerun {stage_command(stage, folder.parent)}"
@@ -73,6 +72,14 @@ def _inspect(stage: str, folder: Path, *, verify: bool) -> StageState:
     except WeaverError as error:
         return StageState(stage, folder, "damaged", f"{error.what}; fix: {error.fix}", None, size)
     return StageState(stage, folder, "complete", "", manifest, size)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for a folder, and for a temporary file that is gone by now."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _verify(folder: Path, manifest: StageManifest) -> None:

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.statistics import LayerStatistics, input_rows, sample_positions
-from weaver.artifacts.store import check_tensors_file, read_tensors, write_tensors
+from weaver.artifacts.store import read_metadata, write_tensors
 from weaver.artifacts.types import LayerProfile
 from weaver.config import CalibrateConfig
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
-from weaver.models.stream import DecoderStream, DenseFfn
+from weaver.models.stream import SPILL_FILE, DecoderStream, DenseFfn
 
 HIDDEN_STATES = "hidden_states.safetensors"
 
@@ -68,22 +69,23 @@ class ResumableStream:
     def discard(self) -> None:
         """Remove the copy once the stage is complete."""
         (self.folder / HIDDEN_STATES).unlink(missing_ok=True)
-        (self.folder / "hidden_states.bin").unlink(missing_ok=True)
+        (self.folder / SPILL_FILE).unlink(missing_ok=True)
 
     def _restore(self, layer: int) -> None:
         path = self.folder / HIDDEN_STATES
-        if path.exists():
-            try:
-                check_tensors_file(path)
-                tensors, metadata = read_tensors(path)
-            except WeaverError:
-                path.unlink()
-            else:
-                if metadata["next_layer"] <= layer:
-                    self.stream.prepare()
-                    self.hidden_WTD, self.next_layer = tensors["hidden_WTD"], metadata["next_layer"]
-                    return
-        self.hidden_WTD, self.next_layer = self.stream.embed(self.folder), 0
+        try:
+            found = int(read_metadata(path)["next_layer"]) if path.exists() else layer + 1
+        except WeaverError:
+            found = layer + 1
+        if found > layer:
+            self.hidden_WTD, self.next_layer = self.stream.embed(self.folder), 0
+            return
+        self.stream.prepare()
+        self.hidden_WTD, self.next_layer = self.stream.allocate(self.folder), found
+        with safe_open(path, framework="pt") as handle:
+            rows = handle.get_slice("hidden_WTD")
+            for window in range(self.hidden_WTD.shape[0]):
+                self.hidden_WTD[window] = rows[window]
 
 
 class Profiler:

@@ -207,7 +207,7 @@ def _training_step(
         raise WeaverError(
             f"loss is {value} at step {step + 1} of {config.steps}",
             why=f"the training diverged at learning rate {config.learning_rate:g}",
-            fix=f"rerun with --set finetune.learning_rate={config.learning_rate / 4:g}",
+            fix=f"rerun with --force --set finetune.learning_rate={config.learning_rate / 4:g}",
         )
     loss.backward()
     nn.utils.clip_grad_norm_(state.parameters.values(), CLIP_NORM)
