@@ -18,7 +18,7 @@ demo: $(INSTALLED) $(MODEL)/config.json
 	$(WEAVER) run configs/demo.yaml --run-dir runs/demo
 
 test: $(INSTALLED) $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 quality: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -39,9 +39,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(MODEL): $(MODEL)/config.json
 
-$(MODEL)/config.json: $(INSTALLED)
+# Order only: a renewed environment does not change the model.
+$(MODEL)/config.json: | $(INSTALLED)
 	$(VENV)/bin/python scripts/fetch_demo_model.py
-	touch $@
 
 # Stage by stage: each rule is one command, and its target is the manifest it writes last.
 runs/%/calibrate/manifest.json: configs/%.yaml $(MODEL)/config.json

@@ -23,7 +23,7 @@ from weaver.report.tables import format_ratio, markdown_table
 # (hidden size, intermediate size, experts in all, shared ones): SmolLM2-135M with CMoE's and
 # ExpertWeaver's layouts, and a layer of a 1B model.
 LAYOUTS = ((576, 1536, 8, 3), (576, 1536, 64, 24), (2048, 8192, 8, 3), (2048, 8192, 64, 24))
-TOKENS = (1, 16, 128, 512, 2048)
+TOKENS = (1, 16, 128, 1024)
 
 
 def measure(
@@ -50,9 +50,9 @@ def measure(
         "masked": lambda: masked_forward(x_TD, weights, routing, shared * width),
         "grouped": lambda: grouped_forward(x_TD, weights, routing, shared * width),
     }
-    repeats = 10 if tokens * neurons * hidden > 10**9 else 30
+    repeats = max(3, min(30, 10**11 // (tokens * neurons * hidden * 3)))
     with torch.inference_mode():
-        timings = interleave(functions, repeats=repeats, warmup=3)  # type: ignore[arg-type]
+        timings = interleave(functions, repeats=repeats, warmup=2)  # type: ignore[arg-type]
     dense = timings["dense"].median
     return (
         f"{hidden} x {neurons}",

@@ -80,7 +80,7 @@ def test_rows_agree_with_their_keys_and_the_papers() -> None:
         "random": 8,
         "weight-kmeans": 8,
     }
-    assert [name for name, spec in METHODS.items() if spec.sequential] == ["cmoe"]
+    assert [name for name, spec in METHODS.items() if spec.sequential] == ["cmoe", "wanda-sp"]
     for spec in METHODS.values():
         assert (spec.router is None) == spec.is_static
         assert spec.router is None or spec.router in ROUTERS

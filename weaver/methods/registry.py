@@ -52,7 +52,7 @@ METHODS: dict[str, MethodSpec[Any]] = {
             options=wanda_sp.WandaSpOptions,
             num_experts=None,
             router=None,
-            sequential=False,
+            sequential=True,
         ),
         MethodSpec(
             name="random",
