@@ -99,7 +99,7 @@ HEADERS = (
 INTRODUCTION = """# Benchmarks
 
 Made by `scripts/bench_paths.py`: one FFN, uniform random routing, medians of interleaved runs, the
-router itself left out. "masked" computes every neuron and can only be slower than dense; "grouped"
+router itself left out. "masked" computes every neuron, so that values above 1 are noise; "grouped"
 runs one GEMM per expert on the tokens that chose it. The bound at 25% sparsity is 1.33x, at 50% 2x.
 `weaver bench` measures whole models.
 """
