@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from byte_tokenizer import byte_tokenizer
 from tiny_models import save_tiny_model
 from transformers import PreTrainedTokenizerFast
+
+# Messages are compared word by word; a narrow terminal would break them inside table cells. Set
+# before weaver's console is made, and inherited by the processes that tests start.
+os.environ["COLUMNS"] = "250"
 
 
 @pytest.fixture
