@@ -73,9 +73,7 @@ def test_methods_keep_their_quality_and_their_order(tmp_path: Path, calibration:
 
 def test_the_converted_model_speaks(tmp_path: Path, calibration: Path) -> None:
     context = StageContext(tmp_path)
-    partition(
-        context, PartitionConfig(method="flap", sparsity=0.125), calibration
-    )
+    partition(context, PartitionConfig(method="flap", sparsity=0.125), calibration)
     build_routers(context, RouterConfig())
     assemble(context, AssembleConfig())
     folder = context.folder("assemble")
