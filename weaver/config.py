@@ -101,6 +101,7 @@ class EvalConfig(Section):
     windows: int | None = Field(14, gt=0)
     tasks: tuple[str, ...] = ()
     task_limit: int | None = Field(500, gt=0)
+    router: bool = False
     dtype: DtypeName = "auto"
 
 

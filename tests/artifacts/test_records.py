@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from weaver.artifacts.store import read_record, write_record, write_tensors
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, TensorRecord
+from weaver.artifacts.types import (
+    Compensation,
+    ExpertLayout,
+    LayerProfile,
+    Router,
+    TensorRecord,
+)
 from weaver.errors import WeaverError
 
 
@@ -48,13 +54,14 @@ def static_layout() -> ExpertLayout:
     return ExpertLayout(6, 0, torch.tensor([1, 3]), none_EN, torch.ones(4))
 
 
-def router(*, glu: bool) -> Router:
+def router(*, glu: bool, intercept: bool = False) -> Router:
     return Router(
         kind="glu" if glu else "linear",
         weight_ED=torch.randn(3, 4),
         scale_E=torch.zeros(3),
         balance_bias_E=torch.ones(3),
         up_weight_ED=torch.randn(3, 4) if glu else None,
+        bias_E=torch.randn(3) if intercept else None,
     )
 
 
@@ -67,6 +74,9 @@ def router(*, glu: bool) -> Router:
         static_layout(),
         router(glu=False),
         router(glu=True),
+        router(glu=False, intercept=True),
+        Compensation(torch.randn(6, 4), torch.randn(4), torch.randn(3, 4)),
+        Compensation(output_bias_D=torch.randn(4)),
     ],
 )
 def test_every_record_comes_back(tmp_path: Path, record: TensorRecord) -> None:

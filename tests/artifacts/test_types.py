@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
 
 
 def layout(**changes: Any) -> ExpertLayout:
@@ -99,11 +99,43 @@ def router(**changes: Any) -> Router:
         ({"scale_E": torch.zeros(3, 1)}, "one value per expert"),
         ({"balance_bias_E": torch.zeros(2)}, "one value per expert"),
         ({"kind": "glu", "up_weight_ED": torch.ones(3, 5)}, "differ in shape"),
+        ({"bias_E": torch.zeros(4)}, "the intercept needs one value per expert"),
+        ({"bias_E": torch.zeros(3, 1)}, "the intercept needs one value per expert"),
+        (
+            {"kind": "glu", "up_weight_ED": torch.ones(3, 4), "bias_E": torch.zeros(3)},
+            "router kind 'glu' has no intercept bias_E",
+        ),
     ],
 )
 def test_what_is_no_router(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         router(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "a compensation without a tensor compensates nothing"),
+        ({"down_FD": torch.ones(4)}, r"down_FD of shape \(4,\)"),
+        ({"output_bias_D": torch.ones(1, 4)}, r"output_bias_D of shape \(1, 4\)"),
+        ({"output_bias_D": torch.ones(0)}, r"output_bias_D of shape \(0,\)"),
+        ({"expert_bias_ED": torch.ones(4)}, r"expert_bias_ED of shape \(4,\)"),
+        ({"expert_bias_ED": torch.ones(0, 4)}, r"expert_bias_ED of shape \(0, 4\)"),
+        ({"down_FD": torch.ones(6, 4), "output_bias_D": torch.ones(5)}, "hidden sizes differ"),
+        ({"down_FD": torch.ones(6, 4), "expert_bias_ED": torch.ones(2, 6)}, "hidden sizes differ"),
+        ({"output_bias_D": torch.ones(4), "expert_bias_ED": torch.ones(4, 2)}, "sizes differ"),
+    ],
+)
+def test_what_is_no_compensation(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Compensation(**changes)
+
+
+def test_a_compensation_of_one_tensor_each() -> None:
+    shapes = {"down_FD": (6, 4), "output_bias_D": (4,), "expert_bias_ED": (2, 4)}
+    for name, shape in shapes.items():
+        assert list(Compensation(**{name: torch.ones(shape)}).tensors()) == [name]
+    assert set(Compensation(*map(torch.ones, shapes.values())).tensors()) == set(shapes)
 
 
 def test_tensors_and_scalars() -> None:

@@ -25,6 +25,7 @@ from tiny_runs import (
 from typer.testing import CliRunner, Result
 
 import weaver.cli.app
+from weaver.artifacts.manifest import SCHEMA_VERSION
 from weaver.errors import WeaverError
 
 COMMANDS = [
@@ -245,9 +246,13 @@ def test_a_model_that_is_gone_after_the_calibration(model: Path, calibrated: Pat
 
 def test_a_manifest_of_another_schema(calibrated: Path) -> None:
     path = calibrated / "calibrate" / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    other = SCHEMA_VERSION + 1
+    written = path.read_text().replace(
+        f'"schema_version": {SCHEMA_VERSION}', f'"schema_version": {other}'
+    )
+    path.write_text(written)
 
-    assert "schema version 2" in _error(_invoke("partition", "--run-dir", calibrated))[0]
+    assert f"schema version {other}" in _error(_invoke("partition", "--run-dir", calibrated))[0]
 
 
 def test_a_truncated_profile(calibrated: Path) -> None:

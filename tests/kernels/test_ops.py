@@ -46,12 +46,23 @@ def problem(
     return x_TD, weights, make_routing(tokens, experts, top_k, **special), shared
 
 
+def constants(weights: GluWeights, routing: Routing) -> Tensor:
+    """A constant per expert, as large as the outputs."""
+    generator = torch.Generator().manual_seed(8)
+    values_ED = torch.randn(routing.num_experts, weights.hidden_size, generator=generator)
+    return values_ED.to(weights.gate_FD.dtype)
+
+
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", SHAPES)
-def test_the_same_outputs(make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype) -> None:
-    x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype)
-    y_TD = grouped_forward(x_TD, weights, routing, shared)
-    expected_TD = masked_forward(x_TD, weights, routing, shared)
+def test_the_same_outputs(
+    make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype, biases: bool
+) -> None:
+    x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype, biases=biases)
+    bias_ED = constants(weights, routing) if biases else None
+    y_TD = grouped_forward(x_TD, weights, routing, shared, bias_ED)
+    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
     assert y_TD.dtype == expected_TD.dtype == dtype
     assert y_TD.shape == x_TD.shape
     if len(x_TD) > 1:
@@ -66,24 +77,28 @@ def test_sixteen_bit_is_as_near_to_the_truth_as_the_definition(
     x_TD, weights, routing, shared = problem(
         make_ffn, make_routing, "ordinary", torch.bfloat16, biases=False
     )
-    truth_TD = masked_forward(x_TD.double(), weights.to(torch.float64), routing, shared)
-    grouped = (grouped_forward(x_TD, weights, routing, shared) - truth_TD).norm()
-    masked = (masked_forward(x_TD, weights, routing, shared) - truth_TD).norm()
+    bias_ED = constants(weights, routing)
+    exact = (x_TD.double(), weights.to(torch.float64), routing, shared, bias_ED.double())
+    truth_TD = masked_forward(*exact)
+    grouped = (grouped_forward(x_TD, weights, routing, shared, bias_ED) - truth_TD).norm()
+    masked = (masked_forward(x_TD, weights, routing, shared, bias_ED) - truth_TD).norm()
     assert grouped < 1.2 * masked
     assert grouped < 0.02 * truth_TD.norm()
 
 
 def leaves(x_TD: Tensor, weights: GluWeights, routing: Routing) -> dict[str, Tensor]:
     named = {"x_TD": x_TD, "weights_TK": routing.weights_TK}
+    named["expert_bias_ED"] = constants(weights, routing)
     named |= {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "activation"}
     return {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
 
 
 def gradients(forward: Any, leaf: dict[str, Tensor], routing: Routing, shared: int) -> list[Tensor]:
-    named = {name: leaf[name] for name in leaf if name not in {"x_TD", "weights_TK"}}
+    apart = {"x_TD", "weights_TK", "expert_bias_ED"}
+    named = {name: leaf[name] for name in leaf if name not in apart}
     weights = GluWeights(activation="silu", **named)
     routing = replace(routing, weights_TK=leaf["weights_TK"])
-    y_TD = forward(leaf["x_TD"], weights, routing, shared)
+    y_TD = forward(leaf["x_TD"], weights, routing, shared, leaf["expert_bias_ED"])
     toward_TD = torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)
     return list(torch.autograd.grad(y_TD, list(leaf.values()), toward_TD, materialize_grads=True))
 
@@ -115,15 +130,18 @@ def test_gradients_of_an_expert_without_tokens_are_zero(make_ffn: Any, make_rout
     for name in ("gate_FD", "up_FD", "down_FD"):
         assert found[name][shared : shared + 6].abs().max() == 0
         assert (found[name][shared + 6 :].abs().amax(dim=1) > 0).all()
+    used_E = found["expert_bias_ED"].abs().amax(dim=1) > 0
+    assert used_E.tolist() == [False, True, True, True]
 
 
 def test_gradients_are_right(make_ffn: Any, make_routing: Any) -> None:
     """Against finite differences, so that both paths cannot be wrong together."""
     x_TD, weights, routing, _ = problem(make_ffn, make_routing, "odd sizes", torch.float64)
     few = replace(routing, ids_TK=routing.ids_TK[:3], weights_TK=routing.weights_TK[:3])
+    differentiated = (x_TD[:3], weights.gate_FD, constants(weights, routing))
     assert torch.autograd.gradcheck(
-        lambda x, gate: grouped_forward(x, replace(weights, gate_FD=gate), few, 11),
-        (x_TD[:3].clone().requires_grad_(), weights.gate_FD.clone().requires_grad_()),
+        lambda x, gate, bias: grouped_forward(x, replace(weights, gate_FD=gate), few, 11, bias),
+        tuple(tensor.clone().requires_grad_() for tensor in differentiated),
     )
 
 
@@ -179,8 +197,10 @@ def test_the_chosen_path_is_taken(
     make_ffn: Any, make_routing: Any, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     x_TD, weights, routing, shared = problem(make_ffn, make_routing, "ordinary", torch.float32)
-    expected_TD = moe_forward(x_TD, weights, routing, shared)
+    bias_ED = constants(weights, routing)
+    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
     other = {"masked": "grouped_forward", "grouped": "masked_forward"}[path]
     monkeypatch.setattr(ops, "choose_path", lambda *_: path)
     monkeypatch.setattr(ops, other, lambda *_: pytest.fail(f"{other} was called"))
-    torch.testing.assert_close(moe_forward(x_TD, weights, routing, shared), expected_TD)
+    y_TD = moe_forward(x_TD, weights, routing, shared, bias_ED)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)

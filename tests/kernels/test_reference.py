@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_forward
 from weaver.artifacts.types import Router
+from weaver.kernels.ops import grouped_forward
 from weaver.kernels.reference import (
     Routing,
     masked_forward,
@@ -22,12 +25,20 @@ from weaver.kernels.reference import (
 
 
 def token_by_token(
-    x_TD: Tensor, weights: GluWeights, routing: Routing | None, num_shared: int
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing | None,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
-    """``y = sum_j f_j act(x gate_j + b_j) (x up_j + c_j) down_j + bias``, neuron by neuron."""
+    """``y = sum_j f_j act(x gate_j + b_j) (x up_j + c_j) down_j + bias``, neuron by neuron.
+
+    The constant of every chosen expert is added with the expert's factor.
+    """
     rows = []
     for token, x_D in enumerate(x_TD):
         neurons = [(j, 1.0) for j in range(num_shared)]
+        y_D = torch.zeros_like(x_D)
         if routing is not None:
             width = (weights.intermediate_size - num_shared) // routing.num_experts
             for expert, factor in zip(
@@ -35,7 +46,8 @@ def token_by_token(
             ):
                 start = num_shared + expert * width
                 neurons += [(j, factor) for j in range(start, start + width)]
-        y_D = torch.zeros_like(x_D)
+                if expert_bias_ED is not None:
+                    y_D = y_D + factor * expert_bias_ED[expert]
         for j, factor in neurons:
             gate, up = x_D @ weights.gate_FD[j], x_D @ weights.up_FD[j]
             if weights.gate_bias_F is not None and weights.up_bias_F is not None:
@@ -71,9 +83,10 @@ def test_masked_forward_is_the_loop(
     weights = make_ffn(hidden, shared + experts * width, biases=biases)
     routing = make_routing(tokens, experts, top_k, **special)
     x_TD = torch.randn(tokens, hidden, dtype=torch.float64)
-    y_TD = masked_forward(x_TD, weights, routing, shared)
+    bias_ED = torch.randn(experts, hidden, dtype=torch.float64) if biases else None
+    y_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
     assert y_TD.dtype == torch.float64
-    expected_TD = token_by_token(x_TD, weights, routing, shared)
+    expected_TD = token_by_token(x_TD, weights, routing, shared, bias_ED)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-10, atol=1e-10)
 
 
@@ -93,7 +106,8 @@ def test_a_static_layer_is_a_smaller_dense_one(make_ffn: Any) -> None:
     torch.testing.assert_close(y_TD, token_by_token(x_TD, weights, None, 14))
 
 
-def test_by_hand() -> None:
+@pytest.mark.parametrize("forward", [masked_forward, grouped_forward])
+def test_by_hand(forward: Callable[..., Tensor]) -> None:
     """Two inputs, one shared neuron, two experts of one neuron, ReLU."""
     weights = GluWeights(
         gate_FD=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
@@ -104,8 +118,15 @@ def test_by_hand() -> None:
     x_TD = torch.tensor([[2.0, 3.0], [-1.0, 3.0]])
     # Token 0: h = (2 * 2, 3 * 6, 5 * 2) = (4, 18, 10); token 1: h = (0, 18, 2 * -1) = (0, 18, -2).
     routing = Routing(torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]]), 2)
-    y_TD = masked_forward(x_TD, weights, routing, 1)
+    y_TD = forward(x_TD, weights, routing, 1)
     assert y_TD.tolist() == [[4.0, 9.0], [-40.0, -40.0]]
+    # The constants come with the factors: 0.5 * (100, 10) and 2 * (1, 7).
+    constants_ED = torch.tensor([[100.0, 10.0], [1.0, 7.0]])
+    y_TD = forward(x_TD, weights, routing, 1, constants_ED)
+    assert y_TD.tolist() == [[54.0, 14.0], [-38.0, -26.0]]
+    biased = replace(weights, output_bias_D=torch.tensor([1000.0, 2000.0]))
+    y_TD = forward(x_TD, biased, routing, 1, constants_ED)
+    assert y_TD.tolist() == [[1054.0, 2014.0], [962.0, 1974.0]]
 
 
 def test_factors_by_hand() -> None:
@@ -129,6 +150,20 @@ def test_linear_probabilities_by_hand() -> None:
     # softmax(log 2, 0, 0) = (2, 1, 1) / 4; softmax(0, 0, log 5) = (1, 1, 5) / 7.
     found_TE = router_probabilities(torch.eye(2), router, "silu")
     torch.testing.assert_close(found_TE, torch.tensor([[0.5, 0.25, 0.25], [1 / 7, 1 / 7, 5 / 7]]))
+
+
+def test_the_intercept_by_hand() -> None:
+    weight_ED = torch.tensor([[math.log(2.0), 0.0], [0.0, 0.0], [0.0, math.log(5.0)]])
+    router = replace(router_of(weight_ED), bias_E=torch.log(torch.tensor([1.0, 4.0, 2.0])))
+    # Odds (2 * 1, 1 * 4, 1 * 2) and (1 * 1, 1 * 4, 5 * 2).
+    found_TE = router_probabilities(torch.eye(2), router, "silu")
+    expected_TE = torch.tensor([[2 / 8, 4 / 8, 2 / 8], [1 / 15, 4 / 15, 10 / 15]])
+    torch.testing.assert_close(found_TE, expected_TE)
+    # Unlike the balance bias, the intercept enters the factors 1 + p * scale.
+    scaled = replace(router, scale_E=torch.tensor([0.0, 2.0, 3.0]))
+    routing = route(torch.eye(2), scaled, "silu", 1)
+    assert routing.ids_TK.tolist() == [[1], [2]]
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[2.0], [3.0]]))
 
 
 def test_glu_probabilities_by_hand() -> None:
@@ -177,8 +212,10 @@ def test_routing_properties(tokens: int, experts: int, seed: int, data: st.DataO
 def test_routing_is_computed_in_float32(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(64, 32, generator=generator).to(dtype)
+    bias_E = torch.randn(16, generator=generator).to(dtype)
     router = router_of(torch.randn(16, 32, generator=generator).to(dtype), scale=1.0)
-    exact = router_of(router.weight_ED.float(), scale=1.0)
+    exact = replace(router_of(router.weight_ED.float(), scale=1.0), bias_E=bias_E.float())
+    router = replace(router, bias_E=bias_E)
     low, full = route(x_TD, router, "silu", 4), route(x_TD.float(), exact, "silu", 4)
     assert torch.equal(low.ids_TK, full.ids_TK)
     assert torch.equal(low.weights_TK, full.weights_TK)

@@ -13,6 +13,7 @@ from weaver.algorithms.glu import glu_forward
 from weaver.artifacts.types import ExpertLayout
 from weaver.errors import WeaverError
 from weaver.methods.cmoe import CmoeOptions
+from weaver.methods.layouts import strongest
 from weaver.methods.registry import METHODS, get_method, get_router, resolve_options
 from weaver.methods.routers import ROUTERS
 
@@ -62,6 +63,23 @@ def test_layout_is_a_partition_of_the_wanted_size(
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.shared_scores])
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_the_shared_neurons_are_those_with_the_highest_shared_scores(
+    random_problem: Any, name: str, seed: int
+) -> None:
+    spec = METHODS[name]
+    slices = {} if spec.is_static else {"num_experts": 8, "expert_width": 4}
+    problem, _ = random_problem(seed, neurons=32, active_neurons=24, **slices)
+    shared_S = split(problem, name, seed).shared_S
+    assert spec.shared_scores is not None
+    scores_F = spec.shared_scores(problem, resolve_options(spec, {}))
+    assert scores_F.shape == (32,)
+    assert shared_S.numel() > 0
+    assert torch.equal(shared_S, strongest(scores_F, shared_S.numel())[0])
 
 
 def test_random_depends_on_the_seed(random_problem: Any) -> None:

@@ -59,7 +59,7 @@ def test_flap_by_hand(problem: LayerProblem) -> None:
 
 
 def test_wanda_sp_by_hand_differs_from_flap(problem: LayerProblem) -> None:
-    scores_F = wanda_sp.wanda_scores(problem.weights, problem.profile)
+    scores_F = wanda_sp.shared_scores(problem, wanda_sp.WandaSpOptions())
     torch.testing.assert_close(scores_F, torch.tensor([7.0, 2.0, 60.0, 4.0]))
     layout = run_wanda(problem)
     # Neuron 2 is large but constant: only FLAP can do without it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tiny_conversions import (
 )
 from tiny_models import TINY
 
-from weaver.artifacts.types import ROUTER_KINDS, RouterKind
+from weaver.artifacts.types import ROUTER_KINDS, Compensation, Router, RouterKind
 from weaver.models.accounting import LayerShape, ModelAccount
 
 # D = 4: S = 2 shared neurons, E = 3 experts of N = 5, K = 1.
@@ -42,6 +44,21 @@ def test_biases_and_the_glu_router_by_hand() -> None:
     assert shape.parameters(4, active=False) == 17 * 14 + 4 + 24 + 3
     assert shape.parameters(4, active=True) == 7 * 14 + 4 + 24 + 3
     assert shape.flops(4) == 2 * (7 * 12 + 24)
+
+
+def test_the_intercept_and_the_constants_by_hand() -> None:
+    shape = LayerShape(2, 3, 5, 2, "linear", router_bias=True, expert_bias=True)
+    # Constants of 3 or 2 experts, the router's matrix of 12, 3 scales and 3 intercepts.
+    assert shape.parameters(4, active=False) == 17 * 12 + 3 * 4 + 12 + 6
+    assert shape.parameters(4, active=True) == 12 * 12 + 2 * 4 + 12 + 6
+    # Two constants of 4 values are added, one FLOP each.
+    assert shape.flops(4) == 2 * (12 * 12 + 12) + 8
+
+
+def test_a_shape_written_before_there_were_constants() -> None:
+    entry = {k: v for k, v in SHAPE.to_dict().items() if k not in {"router_bias", "expert_bias"}}
+    assert len(entry) == 8
+    assert LayerShape(**entry) == SHAPE
 
 
 def test_a_static_layer_by_hand() -> None:
@@ -90,18 +107,47 @@ def test_the_shape_of_a_layout() -> None:
     ) == LayerShape(8)
 
 
+def test_the_shape_of_a_compensated_layout() -> None:
+    layout = random_layout(48, shared=8, experts=5, top_k=2)
+    static = random_layout(48, shared=8, experts=0, top_k=0, output_bias_D=torch.ones(4))
+    router = random_router("linear", 5, 4)
+    plain = LayerShape(8, 5, 8, 2, "linear")
+    cases: list[tuple[Router, Compensation | None, dict[str, Any]]] = [
+        (router, Compensation(down_FD=torch.ones(48, 4)), {}),
+        (router, Compensation(output_bias_D=torch.ones(4)), {"output_bias": True}),
+        (router, Compensation(expert_bias_ED=torch.ones(5, 4)), {"expert_bias": True}),
+        (replace(router, bias_E=torch.ones(5)), None, {"router_bias": True}),
+    ]
+    for each_router, compensation, changes in cases:
+        found = LayerShape.of(
+            layout,
+            each_router,
+            compensation,
+            gate_bias=False,
+            up_bias=False,
+            output_bias=False,
+        )
+        assert found == replace(plain, **changes)
+    assert LayerShape.of(
+        static, None, gate_bias=False, up_bias=False, output_bias=False
+    ) == LayerShape(8, output_bias=True)
+
+
 @st.composite
 def routed_shapes(draw: st.DrawFn) -> LayerShape:
     experts = draw(st.integers(1, 9))
+    kind = draw(st.sampled_from(ROUTER_KINDS))
     return LayerShape(
         num_shared_neurons=draw(st.integers(0, 30)),
         n_routed_experts=experts,
         moe_intermediate_size=draw(st.integers(1, 9)),
         num_experts_per_tok=draw(st.integers(1, experts)),
-        router_kind=draw(st.sampled_from(ROUTER_KINDS)),
+        router_kind=kind,
         gate_bias=draw(st.booleans()),
         up_bias=draw(st.booleans()),
         output_bias=draw(st.booleans()),
+        router_bias=kind == "linear" and draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
     )
 
 
@@ -112,8 +158,9 @@ def test_active_is_at_most_total(shape: LayerShape) -> None:
     assert (active == total) == (shape.num_experts_per_tok == shape.n_routed_experts)
     # Biases and scales are added, not multiplied.
     added = shape.active_neurons * (shape.gate_bias + shape.up_bias)
-    added += 8 * shape.output_bias + shape.n_routed_experts
-    assert shape.flops(8) == 2 * (active - added)
+    added += 8 * shape.output_bias + shape.n_routed_experts * (1 + shape.router_bias)
+    constants = 8 * shape.num_experts_per_tok * shape.expert_bias
+    assert shape.flops(8) == 2 * (active - added - constants) + constants
 
 
 @pytest.mark.parametrize("variant", TINY)

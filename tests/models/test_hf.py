@@ -153,6 +153,8 @@ def test_every_layer_has_its_own_shape(open_tiny: OpenTiny, tmp_path: Path) -> N
         "gate_bias": False,
         "up_bias": False,
         "output_bias": False,
+        "router_bias": False,
+        "expert_bias": False,
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from weaver.artifacts.types import ExpertLayout, Router, RouterKind
+from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import converted_config, register
@@ -88,22 +88,44 @@ def random_conversions(
     return conversions
 
 
-def shapes_of(checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> list[LayerShape]:
+def random_compensation(
+    intermediate_size: int, hidden_size: int, experts: int, *, seed: int = 0
+) -> Compensation:
+    """A compensation with all three tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return Compensation(
+        down_FD=0.1 * torch.randn(intermediate_size, hidden_size, generator=generator),
+        output_bias_D=torch.randn(hidden_size, generator=generator),
+        expert_bias_ED=torch.randn(experts, hidden_size, generator=generator),
+    )
+
+
+def shapes_of(
+    checkpoint: Checkpoint,
+    conversions: Sequence[Conversion],
+    compensations: Sequence[Compensation] | None = None,
+) -> list[LayerShape]:
     """Shape of every converted FFN."""
     return [
-        converted_shape(checkpoint.ffn(layer, checkpoint.dtype), layout, router)
+        converted_shape(
+            checkpoint.ffn(layer, checkpoint.dtype), layout, router, _of_layer(compensations, layer)
+        )
         for layer, (layout, router) in enumerate(conversions)
     ]
 
 
-def account_of(checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> ModelAccount:
+def account_of(
+    checkpoint: Checkpoint,
+    conversions: Sequence[Conversion],
+    compensations: Sequence[Compensation] | None = None,
+) -> ModelAccount:
     """The account of a converted model."""
     weights = checkpoint.ffn(0, checkpoint.dtype)
     return ModelAccount(
         hidden_size=checkpoint.hidden_size,
         intermediate_size=checkpoint.intermediate_size,
         total_dense_parameters=checkpoint.total_parameters(),
-        layers=shapes_of(checkpoint, conversions),
+        layers=shapes_of(checkpoint, conversions, compensations),
         dense_gate_bias=weights.gate_bias_F is not None,
         dense_up_bias=weights.up_bias_F is not None,
         dense_output_bias=weights.output_bias_D is not None,
@@ -117,13 +139,15 @@ def write_converted(
     *,
     dtype: torch.dtype = torch.float32,
     limit: int = 10**9,
+    compensations: Sequence[Compensation] | None = None,
 ) -> Path:
     """Write the converted model as ``assemble`` does: weights in shards, config."""
 
     def ffn_tensors(layer: int) -> dict[str, Tensor]:
-        return converted_tensors(checkpoint.ffn(layer, dtype), *conversions[layer])
+        weights = checkpoint.ffn(layer, dtype)
+        return converted_tensors(weights, *conversions[layer], _of_layer(compensations, layer))
 
-    shapes = shapes_of(checkpoint, conversions)
+    shapes = shapes_of(checkpoint, conversions, compensations)
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
     write_shards(folder, parts, limit, lambda _name: None)
     config = converted_config(checkpoint.config, shapes, {"seed": 0})
@@ -142,3 +166,7 @@ def load_converted(folder: Path) -> PreTrainedModel:
 def ffns_of(model: nn.Module) -> list[MoEFeedForward]:
     """The converted FFN of every decoder layer."""
     return [module for module in model.modules() if isinstance(module, MoEFeedForward)]
+
+
+def _of_layer(compensations: Sequence[Compensation] | None, layer: int) -> Compensation | None:
+    return None if compensations is None else compensations[layer]

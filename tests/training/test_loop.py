@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from weaver.config import FinetuneConfig
 from weaver.errors import WeaverError
+from weaver.models.accounting import LayerShape
+from weaver.models.moe import MoEFeedForward
 from weaver.training.loop import (
     TrainingReport,
     build_optimizer,
@@ -174,6 +176,19 @@ def test_parameter_groups(make_model: ModelFactory) -> None:
     assert all(p.ndim == 2 for p in matrices["params"])
     assert matrices["betas"] == (0.9, 0.95)
     assert sum(len(g["params"]) for g in (scales, matrices, vectors)) == len(parameters)
+
+
+def test_the_intercept_and_the_constants_of_a_converted_layer() -> None:
+    shape = LayerShape(2, 3, 4, 1, "linear", router_bias=True, expert_bias=True)
+    model = nn.ModuleDict({"ffn": MoEFeedForward(shape, 8, "silu")})
+    routers = select_trainable(model, "router")
+    assert set(routers) == {"ffn.router.weight", "ffn.router.scale", "ffn.router.bias"}
+    parameters = select_trainable(model, "all")
+    _, matrices, vectors = build_optimizer(parameters, CONFIG).param_groups
+    undecayed = {id(p) for p in vectors["params"]}
+    names = {name for name, parameter in parameters.items() if id(parameter) in undecayed}
+    assert names == {"ffn.router.bias", "ffn.expert_bias"}
+    assert len(matrices["params"]) == 4
 
 
 def test_static_model_trains_all_but_has_no_router(

@@ -108,6 +108,59 @@ class ModelQuality(Record):
     tasks: dict[str, TaskResult] = {}
 
 
+class RouterScores(Record):
+    """Router fidelity and partition stability, of one layer or as means over layers.
+
+    A value is None where it does not exist: fidelity of a static layer, experts or shared neurons
+    that a layer does not have, a correlation where the method ranks no neurons.
+
+    Args:
+        oracle_agreement: mean share of a token's K experts that are among the K whose omission
+            would cost most.
+        chance_agreement: the same for a random choice, K / E.
+        captured_contribution: squared output norms of the chosen experts over those of that oracle;
+            above 1 by rounding only.
+        expert_jaccard: mean Jaccard index of the best-matched experts of two splits, each made from
+            one half of the calibration samples.
+        shared_jaccard: Jaccard index of their shared (static: kept) neurons.
+        score_correlation: Spearman correlation of the scores by which the method ranks neurons for
+            that part.
+    """
+
+    oracle_agreement: Share | None
+    chance_agreement: Share | None
+    captured_contribution: float | None = Field(ge=0.0, le=1.0 + 1e-5)
+    expert_jaccard: Share | None
+    shared_jaccard: Share | None
+    score_correlation: float | None = Field(ge=-1.0, le=1.0)
+
+
+class LayerRouterScores(RouterScores):
+    """The scores of one decoder layer."""
+
+    layer: int = Field(ge=0)
+
+
+class RouterReport(Record):
+    """What ``weaver eval --router`` adds.
+
+    Args:
+        method: the method whose partition is measured.
+        tokens: held-out tokens per layer behind the fidelity, inputs of the converted FFNs; 0 where
+            no layer routes.
+        half_tokens: sampled calibration tokens per layer behind each of the two splits, inputs of
+            the dense FFNs.
+        mean: means over the layers that have the value.
+        layers: one entry per decoder layer.
+    """
+
+    method: str
+    tokens: int = Field(ge=0)
+    half_tokens: tuple[int, int]
+    mean: RouterScores
+    layers: tuple[LayerRouterScores, ...] = Field(min_length=1)
+
+
 class EvalResult(Record):
     """``eval/results.json``: the converted model next to the dense one.
 
@@ -124,6 +177,7 @@ class EvalResult(Record):
         active_parameters: parameters of the converted model that one token uses.
         windows: the values the means above were taken over.
         expert_usage: one entry per layer that has routed experts.
+        router: router fidelity and partition stability; None unless asked for.
         config: the resolved configuration of the evaluation.
         versions: package versions that took part.
         digests: digests of the models and the data, by name.
@@ -141,6 +195,7 @@ class EvalResult(Record):
     active_parameters: int = Field(gt=0)
     windows: WindowValues
     expert_usage: tuple[LayerUsage, ...] = ()
+    router: RouterReport | None = None
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
     digests: dict[str, str] = {}

@@ -148,10 +148,10 @@ class ExpertLayout(TensorRecord):
 class Router(TensorRecord):
     """The map from a token to its routed experts.
 
-    ``linear``: ``s = x weight^T``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``, one
-    representative neuron per expert (CMoE). Selection: top-K of ``softmax(s) + balance_bias``;
-    an expert's output is multiplied by ``1 + softmax(s) * scale``, which is exactly 1 until
-    fine-tuning moves ``scale``.
+    ``linear``: ``s = x weight^T + bias``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``,
+    one representative neuron per expert (CMoE). Selection: top-K of ``softmax(s) +
+    balance_bias``; an expert's output is multiplied by ``1 + softmax(s) * scale``, which is
+    exactly 1 until fine-tuning moves ``scale``.
 
     Args:
         kind: "linear" or "glu".
@@ -159,9 +159,10 @@ class Router(TensorRecord):
         scale_E: output scale, zeros when built without training, (E,).
         balance_bias_E: added for selection only, (E,).
         up_weight_ED: the representatives' up columns, (E, D); only for "glu".
+        bias_E: intercept of the linear logits, (E,), or None; only for "linear".
 
     Raises:
-        ValueError: shapes do not agree, or the kind and ``up_weight_ED`` do not.
+        ValueError: shapes do not agree, or the kind and the optional tensors do not.
     """
 
     kind: RouterKind
@@ -169,14 +170,59 @@ class Router(TensorRecord):
     scale_E: Tensor
     balance_bias_E: Tensor
     up_weight_ED: Tensor | None = None
+    bias_E: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"router kind {self.kind!r} is not one of {ROUTER_KINDS}")
         if (self.kind == "glu") != (self.up_weight_ED is not None):
             raise ValueError(f"router kind {self.kind!r} and up_weight_ED do not agree")
+        if self.kind != "linear" and self.bias_E is not None:
+            raise ValueError(f"router kind {self.kind!r} has no intercept bias_E")
         experts = self.weight_ED.shape[0]
         if self.scale_E.shape != (experts,) or self.balance_bias_E.shape != (experts,):
             raise ValueError("scale and balance bias need one value per expert")
         if self.up_weight_ED is not None and self.up_weight_ED.shape != self.weight_ED.shape:
             raise ValueError("weight_ED and up_weight_ED differ in shape")
+        if self.bias_E is not None and self.bias_E.shape != (experts,):
+            raise ValueError("the intercept needs one value per expert")
+
+
+@dataclass(frozen=True)
+class Compensation(TensorRecord):
+    """What the output of one converted layer gets in return for the experts that it skips.
+
+    ``y = h_shared Wd_shared + sum_{e in top-K} w_e (h_e Wd_e + b_e) + output_bias``
+
+    with ``Wd`` the rows of ``down_FD`` and ``b_e`` those of ``expert_bias_ED``. Skip compensation
+    supplies the mean output ``c_e = E[h_e Wd_e | e skipped]`` wherever expert e is skipped. That is
+    the constant ``sum_e c_e`` for every token, and ``-c_e`` for each selected expert:
+    ``output_bias = sum_e c_e`` and ``b_e = -c_e``, exact while the factors ``w_e`` are 1.
+
+    Args:
+        down_FD: down projection that takes the place of the dense one; row j belongs to neuron j
+            of the dense FFN, (F, D), or None. Rows of neurons outside the layout are not used.
+        output_bias_D: constant added to the output in the place of the layout's ``output_bias_D``,
+            (D,), or None, which leaves the layout's.
+        expert_bias_ED: constant added to the output of expert e where it is selected, (E, D), or
+            None.
+
+    Raises:
+        ValueError: all three are None, or their shapes do not agree.
+    """
+
+    down_FD: Tensor | None = None
+    output_bias_D: Tensor | None = None
+    expert_bias_ED: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        present = self.tensors()
+        if not present:
+            raise ValueError("a compensation without a tensor compensates nothing")
+        for name, tensor in present.items():
+            dimensions = 1 if name == "output_bias_D" else 2
+            if tensor.dim() != dimensions or tensor.numel() == 0:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)}")
+        if len({tensor.shape[-1] for tensor in present.values()}) > 1:
+            shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
+            raise ValueError(f"hidden sizes differ: {shapes}")

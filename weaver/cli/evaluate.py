@@ -25,6 +25,14 @@ def evaluate(
         ),
     ] = None,
     task_limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
+    router: Annotated[
+        bool | None,
+        typer.Option(
+            "--router/--no-router",
+            help="Also report, per layer, how well the router agrees with the choice that knows "
+            "the experts' outputs, and how much the split depends on the calibration text.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto (as the dense model), float32, bfloat16, float16.")
     ] = None,
@@ -42,6 +50,7 @@ def evaluate(
         "windows": windows,
         "tasks": tasks,
         "task_limit": task_limit,
+        "router": router,
         "dtype": dtype,
     }
     settings = load_section(EvalConfig, "eval", config, overrides or [], flags)

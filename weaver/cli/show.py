@@ -98,6 +98,35 @@ def _show_eval(console: Console, summary: dict[str, Any]) -> None:
         f"{format_number(summary['moe_perplexity'])}, KL {format_number(summary['kl'])}, "
         f"top-1 agreement {format_percent(summary['top1_agreement'])}"
     )
+    if summary["router"] is not None:
+        _show_router_report(console, summary["router"])
+
+
+def _show_router_report(console: Console, report: dict[str, Any]) -> None:
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "oracle_agreement": ("oracle agreement", format_percent),
+        "chance_agreement": ("by chance", format_percent),
+        "captured_contribution": ("captured contribution", format_percent),
+        "expert_jaccard": ("expert Jaccard", format_number),
+        "shared_jaccard": ("shared Jaccard", format_number),
+        "score_correlation": ("score correlation", format_number),
+    }
+    rows = [
+        (
+            label,
+            *("-" if row[key] is None else form(row[key]) for key, (_, form) in columns.items()),
+        )
+        for label, row in [
+            *((row["layer"], row) for row in report["layers"]),
+            ("mean", report["mean"]),
+        ]
+    ]
+    title = (
+        f"router on {report['tokens']} held-out tokens; {report['method']} on halves of "
+        f"{' and '.join(str(count) for count in report['half_tokens'])} calibration tokens"
+    )
+    headers = ("layer", *(header for header, _ in columns.values()))
+    console.print(console_table(title, headers, rows))
 
 
 def _show_bench(console: Console, summary: dict[str, Any]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.artifacts.types import ExpertLayout, Router
 from weaver.kernels.reference import route
+from weaver.models.moe import MoEFeedForward
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,26 @@ class RouterFidelity:
 
 @torch.no_grad()
 def router_fidelity(
-    x_TD: Tensor, weights: GluWeights, layout: ExpertLayout, router: Router
+    x_TD: Tensor,
+    weights: GluWeights,
+    layout: ExpertLayout,
+    router: Router,
+    expert_bias_ED: Tensor | None = None,
 ) -> RouterFidelity:
     """Compare a router with the oracle on some FFN inputs.
 
-    The oracle takes the K experts with the largest ``||h_e Wd_e||^2``.
+    The oracle takes the K experts whose omission costs most, ``||h_e Wd_e + b_e||^2`` with b_e the
+    expert's output bias (0 if there is none). Every expert is taken for itself: that the outputs of
+    two may point the same way, and the factor that a trained router puts on them, do not count.
 
     Args:
         x_TD: FFN inputs, (T, D), float32.
-        weights: the dense FFN, float32.
-        layout: shared and routed neurons.
+        weights: the FFN, float32.
+        layout: shared and routed neurons, by their rows in ``weights``.
         router: the router of the layer.
+        expert_bias_ED: constant that an expert adds where it is chosen, (E, D), or None.
     """
-    contribution_TE = expert_contributions(x_TD, weights, layout)
+    contribution_TE = expert_contributions(x_TD, weights, layout, expert_bias_ED)
     top_k, experts = layout.top_k, layout.num_routed_experts
     oracle_TK = contribution_TE.topk(top_k, dim=1).indices
     chosen_TK = route(x_TD, router, weights.activation, top_k).ids_TK
@@ -59,10 +70,112 @@ def router_fidelity(
     )
 
 
-def expert_contributions(x_TD: Tensor, weights: GluWeights, layout: ExpertLayout) -> Tensor:
-    """Squared norm of every routed expert's output for every token, ``||h_e Wd_e||^2``, (T, E)."""
+def expert_contributions(
+    x_TD: Tensor, weights: GluWeights, layout: ExpertLayout, expert_bias_ED: Tensor | None = None
+) -> Tensor:
+    """Squared norm of every routed expert's output for every token, (T, E).
+
+    ``||h_e Wd_e + b_e||^2``, expert by expert: the outputs of all of them, (T, E, D), would not fit
+    where E is large.
+    """
     columns = []
-    for neurons_N in layout.experts_EN:
-        expert = weights.select(neurons_N)
-        columns.append((glu_hidden(x_TD, expert) @ expert.down_FD).square().sum(1))
+    for expert, neurons_N in enumerate(layout.experts_EN):
+        rows = weights.select(neurons_N)
+        output_TD = glu_hidden(x_TD, rows) @ rows.down_FD
+        if expert_bias_ED is not None:
+            output_TD += expert_bias_ED[expert]
+        columns.append(output_TD.square().sum(1))
     return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def module_fidelity(x_TD: Tensor, ffn: MoEFeedForward) -> RouterFidelity:
+    """``router_fidelity`` of a converted FFN with its own router and biases.
+
+    Args:
+        x_TD: inputs of the module, (T, D).
+        ffn: a module with routed experts.
+    Raises:
+        ValueError: the layer is static.
+    """
+    if ffn.router is None:
+        raise ValueError("a static layer routes nothing")
+    bias_ED = ffn.expert_bias
+    return router_fidelity(
+        x_TD.float(),
+        ffn.weights().to(torch.float32),
+        _stored_layout(ffn),
+        ffn.router.record(),
+        None if bias_ED is None else bias_ED.float(),
+    )
+
+
+def _stored_layout(ffn: MoEFeedForward) -> ExpertLayout:
+    """The layout in terms of the module's own rows: shared neurons first, then expert by expert."""
+    shape = ffn.shape
+    rows = torch.arange(shape.total_neurons)
+    return ExpertLayout(
+        intermediate_size=shape.total_neurons,
+        top_k=ffn.top_k,
+        shared_S=rows[: shape.num_shared_neurons],
+        experts_EN=rows[shape.num_shared_neurons :].view(ffn.num_routed_experts, -1),
+    )
+
+
+@dataclass
+class KeptInputs:
+    """Some inputs of one converted FFN, filled while the model runs inside ``keep_inputs``.
+
+    Args:
+        layer: index of the decoder layer.
+        ffn: the module.
+        positions_N: positions in the stream of tokens that are kept, ascending.
+    """
+
+    layer: int
+    ffn: MoEFeedForward
+    positions_N: Tensor
+    _tokens: int = 0
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def add(self, hidden: Tensor) -> None:
+        """Take what is wanted of the next tokens."""
+        x_TD = hidden.detach().reshape(-1, hidden.shape[-1])
+        here_N = self.positions_N - self._tokens
+        here_n = here_N[(here_N >= 0) & (here_N < x_TD.shape[0])]
+        self._kept.append(x_TD[here_n.to(x_TD.device)])
+        self._tokens += x_TD.shape[0]
+
+    def inputs(self) -> Tensor:
+        """What was kept, (N, D), in the dtype of the model."""
+        return torch.cat(self._kept)
+
+
+@contextmanager
+def keep_inputs(model: nn.Module, positions_N: Tensor) -> Iterator[list[KeptInputs]]:
+    """Keep some FFN inputs of every routed layer while the block runs the model.
+
+    Args:
+        model: a converted model.
+        positions_N: which tokens are kept, counted over all passes, ascending.
+    Yields:
+        One entry per layer with routed experts, in model order.
+    """
+    modules = [module for module in model.modules() if isinstance(module, MoEFeedForward)]
+    kept = [
+        KeptInputs(layer, ffn, positions_N)
+        for layer, ffn in enumerate(modules)
+        if ffn.num_routed_experts
+    ]
+    handles = []
+    try:
+        for entry in kept:
+
+            def add(_module: nn.Module, inputs: tuple[Any, ...], entry: KeptInputs = entry) -> None:
+                entry.add(inputs[0])
+
+            handles.append(entry.ffn.register_forward_pre_hook(add))
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -49,16 +49,26 @@ def choose_path(tokens: int, weights: GluWeights, routing: Routing | None, num_s
 
 
 def moe_forward(
-    x_TD: Tensor, weights: GluWeights, routing: Routing | None, num_shared: int
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing | None,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
     """The MoE FFN by the path that ``choose_path`` names; see ``masked_forward``."""
     if choose_path(x_TD.shape[0], weights, routing, num_shared) == "grouped":
         assert routing is not None
-        return grouped_forward(x_TD, weights, routing, num_shared)
-    return masked_forward(x_TD, weights, routing, num_shared)
+        return grouped_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
+    return masked_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
 
 
-def grouped_forward(x_TD: Tensor, weights: GluWeights, routing: Routing, num_shared: int) -> Tensor:
+def grouped_forward(
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
     """The same as ``masked_forward``, computing only the chosen experts.
 
     Tokens are sorted by expert once; each expert is a GEMM on row slices of the stored weights.
@@ -68,6 +78,9 @@ def grouped_forward(x_TD: Tensor, weights: GluWeights, routing: Routing, num_sha
     width = (weights.intermediate_size - num_shared) // routing.num_experts
     accumulator = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared)).to(accumulator)
+    if expert_bias_ED is not None:
+        # Skipped experts have factor 0: one product over all of them needs no gathering.
+        y_TD.addmm_(routing.factors_TE().to(accumulator), expert_bias_ED.to(accumulator))
     flat_ids = routing.ids_TK.reshape(-1)
     order = flat_ids.argsort(stable=True)
     counts = torch.bincount(flat_ids, minlength=routing.num_experts).tolist()

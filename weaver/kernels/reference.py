@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,12 +39,14 @@ class Routing:
 def router_probabilities(x_TD: Tensor, router: Router, activation: str) -> Tensor:
     """Router probabilities ``softmax(s)`` in float32, (T, E).
 
-    ``linear``: ``s = x weight^T``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``.
+    ``linear``: ``s = x weight^T + bias``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``.
 
-    Source: ExpertWeaver, arXiv:2602.15521 (linear); CMoE, arXiv:2502.04416, section 4.2 (glu).
+    Source: ExpertWeaver, arXiv:2602.15521 (linear, without the intercept); CMoE,
+    arXiv:2502.04416, section 4.2 (glu).
     """
     x_TD = x_TD.float()
-    scores_TE = functional.linear(x_TD, router.weight_ED.float())
+    bias_E = None if router.bias_E is None else router.bias_E.float()
+    scores_TE = functional.linear(x_TD, router.weight_ED.float(), bias_E)
     if router.up_weight_ED is not None:
         up_TE = functional.linear(x_TD, router.up_weight_ED.float())
         scores_TE = (up_TE * ACTIVATIONS[activation](scores_TE)).abs()
@@ -69,22 +72,32 @@ def route(x_TD: Tensor, router: Router, activation: str, top_k: int) -> Routing:
 
 
 def masked_forward(
-    x_TD: Tensor, weights: GluWeights, routing: Routing | None, num_shared: int
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing | None,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
-    """``y = sum_shared h_j down_j + sum_{e in top-K} w_e sum_{j in e} h_j down_j``, (T, D).
+    """``y = h_shared Wd_shared + sum_{e in top-K} w_e (h_e Wd_e + b_e) + output_bias``, (T, D).
 
-    Computes every neuron and multiplies it by its factor: the definition, at dense cost.
+    ``h_e`` are the neurons of expert e, ``Wd_e`` their rows of the down projection, ``b_e`` the
+    expert's constant. Computes every neuron and multiplies it by its factor: the definition, at
+    dense cost.
 
     Args:
         x_TD: FFN inputs, (T, D).
         weights: the permuted FFN, shared neurons first.
         routing: the tokens' experts; None for a static layer.
         num_shared: S.
+        expert_bias_ED: constant b_e of every expert, (E, D), or None; not used by a static layer.
     """
     hidden_TF = glu_hidden(x_TD, weights)
     if routing is not None:
+        factors_TE = routing.factors_TE().to(x_TD.dtype)
         # In place on a view: at this size a copy of (T, F) costs as much as the multiply-adds.
         routed_TEN = hidden_TF[:, num_shared:].unflatten(1, (routing.num_experts, -1))
-        routed_TEN.mul_(routing.factors_TE().to(x_TD.dtype)[:, :, None])
+        routed_TEN.mul_(factors_TE[:, :, None])
     y_TD = hidden_TF @ weights.down_FD
+    if routing is not None and expert_bias_ED is not None:
+        y_TD = torch.addmm(y_TD, factors_TE, expert_bias_ED)
     return y_TD if weights.output_bias_D is None else y_TD + weights.output_bias_D

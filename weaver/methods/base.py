@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
@@ -55,6 +56,7 @@ class LayerProblem:
 
 
 PartitionFunction = Callable[[LayerProblem, OptionsT, torch.Generator], ExpertLayout]
+SharedScores = Callable[[LayerProblem, OptionsT], Tensor]
 RouterFunction = Callable[[GluWeights, LayerProfile, ExpertLayout, torch.Generator], Router]
 
 
@@ -67,6 +69,8 @@ class MethodSpec(Generic[OptionsT]):
         summary: one line for help and README.
         source: arXiv id or where the method comes from.
         partition: the pure function.
+        shared_scores: the score of every neuron, (F,), by which ``partition`` ranks neurons for the
+            shared (static: the kept) part, highest first; None where it chooses them otherwise.
         options: the type of its options, whose defaults are the paper's.
         num_experts: default Ne; None for a static method, which has no routed experts.
         router: default router; None for a static method.
@@ -77,6 +81,7 @@ class MethodSpec(Generic[OptionsT]):
     summary: str
     source: str
     partition: PartitionFunction[OptionsT]
+    shared_scores: SharedScores[OptionsT] | None
     options: type[OptionsT]
     num_experts: int | None
     router: str | None

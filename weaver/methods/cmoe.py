@@ -51,13 +51,18 @@ def partition(
     if shared_experts is None:
         shared_experts = problem.active_experts // 2
     top_k = routed_top_k(problem, shared_experts)
-    markers_TA = problem.profile.marker_neurons_TA
-    rates_F = activation_rates(markers_TA, problem.weights.intermediate_size)
+    rates_F = shared_scores(problem, options)
     shared = problem.leftover_neurons + shared_experts * problem.expert_width
     shared_S, routed_n = strongest(rates_F, shared)
     seeds_e, _ = strongest(rates_F[routed_n], problem.num_experts - shared_experts)
     owner_n = _cluster_markers(problem, routed_n, seeds_e, options.iterations)
     return expert_layout(problem, shared_S, routed_n, owner_n, top_k)
+
+
+def shared_scores(problem: LayerProblem, options: CmoeOptions) -> Tensor:
+    """``mu``, the share of tokens that mark each neuron (``activation_rates``), (F,)."""
+    del options
+    return activation_rates(problem.profile.marker_neurons_TA, problem.weights.intermediate_size)
 
 
 def _cluster_markers(

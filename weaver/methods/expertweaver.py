@@ -60,10 +60,16 @@ def partition(
     shared_experts = shared_expert_count(problem, options)
     top_k = routed_top_k(problem, shared_experts)
     shared = problem.leftover_neurons + shared_experts * problem.expert_width
-    shared_S, routed_n = strongest(problem.profile.gate_abs_mean_F, shared)
+    shared_S, routed_n = strongest(shared_scores(problem, options), shared)
     profiles_nM = problem.profile.sample_gate_mean_MF[:, routed_n].T.contiguous()
     owner_n, _ = balanced_kmeans(profiles_nM, problem.num_experts - shared_experts, generator)
     return expert_layout(problem, shared_S, routed_n, owner_n, top_k)
+
+
+def shared_scores(problem: LayerProblem, options: ExpertWeaverOptions) -> Tensor:
+    """Strength of each neuron's gate, the mean of ``|g_j|`` over all tokens, (F,)."""
+    del options
+    return problem.profile.gate_abs_mean_F
 
 
 def shared_expert_count(problem: LayerProblem, options: ExpertWeaverOptions) -> int:

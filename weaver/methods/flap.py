@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from weaver.algorithms.energy import centred_energy, mean_output
 from weaver.artifacts.types import ExpertLayout
@@ -32,9 +33,15 @@ def partition(
     Source: FLAP, arXiv:2312.11983, metric WIFV with bias compensation. Deviation: FFN only, where
         the paper prunes attention heads too.
     """
-    del options, generator
+    del generator
     profile, weights = problem.profile, problem.weights
-    scores_F = centred_energy(profile.hidden_variance_F, weights.down_FD)
+    scores_F = shared_scores(problem, options)
     _, dropped_n = strongest(scores_F, problem.active_neurons)
     bias_D = mean_output(profile.hidden_mean_F, weights.down_FD, dropped_n)
     return static_layout(problem, scores_F, bias_D)
+
+
+def shared_scores(problem: LayerProblem, options: FlapOptions) -> Tensor:
+    """``score_j = Var(h_j) * ||Wd_j||^2`` (``centred_energy``), (F,)."""
+    del options
+    return centred_energy(problem.profile.hidden_variance_F, problem.weights.down_FD)

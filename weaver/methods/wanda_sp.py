@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import ExpertLayout, LayerProfile
+from weaver.artifacts.types import ExpertLayout
 from weaver.methods.base import LayerProblem, MethodOptions
 from weaver.methods.layouts import static_layout
 
@@ -29,11 +28,12 @@ def partition(
     Source: Wanda-sp, the structured variant of Wanda (arXiv:2306.11695) that FLAP,
         arXiv:2312.11983, compares with. Deviation: FFN only.
     """
-    del options, generator
-    return static_layout(problem, wanda_scores(problem.weights, problem.profile))
+    del generator
+    return static_layout(problem, shared_scores(problem, options))
 
 
-def wanda_scores(weights: GluWeights, profile: LayerProfile) -> Tensor:
+def shared_scores(problem: LayerProblem, options: WandaSpOptions) -> Tensor:
     """``score_j = ||h_j||_2 * mean_d |Wd_jd|`` with the norm over all tokens, float32, (F,)."""
-    norm_F = (profile.hidden_second_moment_F * profile.tokens).sqrt()
-    return norm_F * weights.down_FD.float().abs().mean(1)
+    del options
+    norm_F = (problem.profile.hidden_second_moment_F * problem.profile.tokens).sqrt()
+    return norm_F * problem.weights.down_FD.float().abs().mean(1)

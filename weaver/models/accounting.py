@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from weaver.artifacts.types import ExpertLayout, Router, RouterKind
+from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class LayerShape:
         gate_bias: the gate projection has a bias.
         up_bias: the up projection has a bias.
         output_bias: the output has a bias, the model's own or a compensation.
+        router_bias: the router has an intercept.
+        expert_bias: every routed expert adds a constant to the output where it is selected.
     """
 
     num_shared_neurons: int
@@ -32,18 +34,29 @@ class LayerShape:
     gate_bias: bool = False
     up_bias: bool = False
     output_bias: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
 
     @classmethod
     def of(
         cls,
         layout: ExpertLayout,
         router: Router | None,
+        compensation: Compensation | None = None,
         *,
         gate_bias: bool,
         up_bias: bool,
         output_bias: bool,
     ) -> Self:
-        """The shape of a layout with its router."""
+        """The shape of a layout with its router and compensation.
+
+        Args:
+            layout: the layer's layout.
+            router: its router, None if static.
+            compensation: its compensation, if it has one.
+            gate_bias, up_bias, output_bias: biases the dense FFN itself has.
+        """
+        added = (layout, compensation) if compensation is not None else (layout,)
         return cls(
             num_shared_neurons=layout.num_shared_neurons,
             n_routed_experts=layout.num_routed_experts,
@@ -52,7 +65,9 @@ class LayerShape:
             router_kind=None if router is None else router.kind,
             gate_bias=gate_bias,
             up_bias=up_bias,
-            output_bias=output_bias,
+            output_bias=output_bias or any(each.output_bias_D is not None for each in added),
+            router_bias=router is not None and router.bias_E is not None,
+            expert_bias=compensation is not None and compensation.expert_bias_ED is not None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,21 +87,30 @@ class LayerShape:
     def parameters(self, hidden_size: int, *, active: bool) -> int:
         """Parameters stored (or read per token): FFN rows, biases, router matrices and scales.
 
-        The balance bias is a buffer, so that the sum is that over ``model.parameters()``.
+        Constants of experts count as E * D stored and K * D read, the router's intercept as E. The
+        balance bias is a buffer, so that the sum is that over ``model.parameters()``.
         """
+        experts = self.num_experts_per_tok if active else self.n_routed_experts
         neurons = self.active_neurons if active else self.total_neurons
         per_neuron = 3 * hidden_size + self.gate_bias + self.up_bias
         return (
             neurons * per_neuron
             + self.output_bias * hidden_size
+            + self.expert_bias * experts * hidden_size
             + self._router_matrices * self.n_routed_experts * hidden_size
-            + (self.n_routed_experts if self.router_kind else 0)
+            + (self.n_routed_experts * (1 + self.router_bias) if self.router_kind else 0)
         )
 
     def flops(self, hidden_size: int) -> int:
-        """FLOPs per token, ``2 * D * (3 * (S + K * N) + router rows)``; 2 per multiply-add."""
+        """FLOPs per token, ``2 * D * (3 * (S + K * N) + router rows) + K * D``.
+
+        2 per multiply-add of a matrix; 1 per value of the selected experts' constants, the last
+        term, where the layer has them. Other biases (one value per neuron, per expert in the
+        router, or per layer in the output) are left out.
+        """
         router_rows = self._router_matrices * self.n_routed_experts
-        return 2 * hidden_size * (3 * self.active_neurons + router_rows)
+        constants = self.expert_bias * self.num_experts_per_tok * hidden_size
+        return 2 * hidden_size * (3 * self.active_neurons + router_rows) + constants
 
     @property
     def _router_matrices(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import ExpertLayout, Router
+from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.kernels.ops import moe_forward
 from weaver.kernels.reference import Routing, route
 from weaver.models.accounting import LayerShape
@@ -23,6 +25,7 @@ class MoERouter(nn.Module):
         self.weight = _matrix(experts, hidden_size, std)
         self.scale = nn.Parameter(torch.zeros(experts))
         self.up_weight = _matrix(experts, hidden_size, std) if shape.router_kind == "glu" else None
+        self.bias = _bias(experts if shape.router_bias else 0)
         self.register_buffer("balance_bias", torch.zeros(experts))
 
     def record(self) -> Router:
@@ -33,17 +36,19 @@ class MoERouter(nn.Module):
             scale_E=self.scale,
             balance_bias_E=self.balance_bias,
             up_weight_ED=self.up_weight,
+            bias_E=self.bias,
         )
 
 
 class MoEFeedForward(nn.Module):
     """Shared and routed experts as row slices of three matrices, and their router.
 
-    ``y = shared(x) + sum_{e in top-K(x)} w_e expert_e(x) + output_bias``
+    ``y = shared(x) + sum_{e in top-K(x)} w_e (expert_e(x) + b_e) + output_bias``
 
     Row j of ``gate_weight``, ``up_weight`` and ``down_weight`` (all (S + E * N, D)) is neuron j of
-    the permuted FFN: S shared neurons first, then N per expert. A static layer has no router.
-    Weights start as N(0, std^2), biases and router scales at zero.
+    the permuted FFN: S shared neurons first, then N per expert. Row e of ``expert_bias`` (E, D) is
+    ``b_e``, where the layer has such constants. A static layer has no router. Weights start as
+    N(0, std^2), biases, constants and router scales at zero.
     """
 
     def __init__(
@@ -59,15 +64,24 @@ class MoEFeedForward(nn.Module):
         self.gate_bias = _bias(neurons if shape.gate_bias else 0)
         self.up_bias = _bias(neurons if shape.up_bias else 0)
         self.output_bias = _bias(hidden_size if shape.output_bias else 0)
+        self.expert_bias = _bias(shape.n_routed_experts if shape.expert_bias else 0, hidden_size)
         self.router = MoERouter(shape, hidden_size, std=std) if shape.router_kind else None
 
     @classmethod
     def convert(
-        cls, weights: GluWeights, layout: ExpertLayout, router: Router | None
+        cls,
+        weights: GluWeights,
+        layout: ExpertLayout,
+        router: Router | None,
+        compensation: Compensation | None = None,
     ) -> MoEFeedForward:
-        """Build the module from a dense FFN, its layout and its router, in the weights' dtype."""
-        tensors = converted_tensors(weights, layout, router)
-        shape = converted_shape(weights, layout, router)
+        """Build the module from a dense FFN and what was made for it, in the weights' dtype.
+
+        Raises:
+            ValueError: the compensation is not of the layout's or the FFN's shape.
+        """
+        tensors = converted_tensors(weights, layout, router, compensation)
+        shape = converted_shape(weights, layout, router, compensation)
         with torch.device("meta"):
             module = cls(shape, weights.hidden_size, weights.activation)
         module.load_state_dict(tensors, assign=True)
@@ -108,7 +122,13 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TD = moe_forward(x_TD, self.weights(), self.routing(x_TD), self.shape.num_shared_neurons)
+        y_TD = moe_forward(
+            x_TD,
+            self.weights(),
+            self.routing(x_TD),
+            self.shape.num_shared_neurons,
+            self.expert_bias,
+        )
         return y_TD.view_as(hidden_states)
 
     def extra_repr(self) -> str:
@@ -119,23 +139,51 @@ class MoEFeedForward(nn.Module):
         )
 
 
-def converted_shape(weights: GluWeights, layout: ExpertLayout, router: Router | None) -> LayerShape:
+def converted_shape(
+    weights: GluWeights,
+    layout: ExpertLayout,
+    router: Router | None,
+    compensation: Compensation | None = None,
+) -> LayerShape:
     """Shape of the converted FFN."""
     return LayerShape.of(
         layout,
         router,
+        compensation,
         gate_bias=weights.gate_bias_F is not None,
         up_bias=weights.up_bias_F is not None,
-        output_bias=weights.output_bias_D is not None or layout.output_bias_D is not None,
+        output_bias=weights.output_bias_D is not None,
     )
 
 
 def converted_tensors(
-    weights: GluWeights, layout: ExpertLayout, router: Router | None
+    weights: GluWeights,
+    layout: ExpertLayout,
+    router: Router | None,
+    compensation: Compensation | None = None,
 ) -> dict[str, Tensor]:
-    """State dict of the converted FFN, in the dtype of the weights."""
+    """State dict of the converted FFN, in the dtype of the weights.
+
+    Args:
+        weights: the dense FFN. Its own output bias is part of the result in any case.
+        layout: the layer's layout.
+        router: its router, None if static.
+        compensation: a down projection instead of the dense one, an output bias instead of the
+            layout's, constants of the experts; as far as it has them.
+
+    Raises:
+        ValueError: the compensation is not of the layout's or the FFN's shape.
+    """
+    added_D, expert_bias_ED = layout.output_bias_D, None
+    if compensation is not None:
+        _check_compensation(weights, layout, compensation)
+        if compensation.down_FD is not None:
+            weights = replace(weights, down_FD=compensation.down_FD)
+        if compensation.output_bias_D is not None:
+            added_D = compensation.output_bias_D
+        expert_bias_ED = compensation.expert_bias_ED
     permuted = weights.select(layout.permutation)
-    biases = [b for b in (weights.output_bias_D, layout.output_bias_D) if b is not None]
+    biases = [b for b in (weights.output_bias_D, added_D) if b is not None]
     tensors = {
         "gate_weight": permuted.gate_FD,
         "up_weight": permuted.up_FD,
@@ -143,6 +191,7 @@ def converted_tensors(
         "gate_bias": permuted.gate_bias_F,
         "up_bias": permuted.up_bias_F,
         "output_bias": sum(bias.float() for bias in biases) if biases else None,
+        "expert_bias": expert_bias_ED,
     }
     if router is not None:
         tensors |= {
@@ -150,14 +199,28 @@ def converted_tensors(
             "router.scale": router.scale_E,
             "router.balance_bias": router.balance_bias_E,
             "router.up_weight": router.up_weight_ED,
+            "router.bias": router.bias_E,
         }
     dtype = weights.gate_FD.dtype
     return {name: t.to(dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+def _check_compensation(
+    weights: GluWeights, layout: ExpertLayout, compensation: Compensation
+) -> None:
+    wanted = {
+        "down_FD": (weights.intermediate_size, weights.hidden_size),
+        "output_bias_D": (weights.hidden_size,),
+        "expert_bias_ED": (layout.num_routed_experts, weights.hidden_size),
+    }
+    for name, tensor in compensation.tensors().items():
+        if tensor.shape != wanted[name]:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}, not {wanted[name]}")
 
 
 def _matrix(rows: int, columns: int, std: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(rows, columns).normal_(0.0, std))
 
 
-def _bias(size: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.zeros(size)) if size else None
+def _bias(*shape: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(*shape)) if shape[0] else None

@@ -22,7 +22,7 @@ from weaver.models.writing import converted_parts, parse_size, plan_shards, writ
 from weaver.stages.card import write_card
 from weaver.stages.converted import account_of
 from weaver.stages.finished import parent
-from weaver.stages.parents import Partition, open_partition, read_router
+from weaver.stages.parents import Partition, open_partition, read_compensation, read_router
 from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "assemble"
@@ -74,8 +74,12 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     layouts = [partition.layout(layer) for layer in range(checkpoint.num_layers)]
 
     def ffn_tensors(layer: int) -> dict[str, Tensor]:
-        router = read_router(routers, layer, layouts[layer])
-        return converted_tensors(checkpoint.ffn(layer, dtype), layouts[layer], router)
+        return converted_tensors(
+            checkpoint.ffn(layer, dtype),
+            layouts[layer],
+            read_router(routers, layer, layouts[layer]),
+            read_compensation(routers, layer),
+        )
 
     shapes = [_shape(checkpoint, routers, layer, layout) for layer, layout in enumerate(layouts)]
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
@@ -94,9 +98,10 @@ def _shape(checkpoint: Checkpoint, routers: Path, layer: int, layout: ExpertLayo
     return LayerShape.of(
         layout,
         read_router(routers, layer, layout),
+        read_compensation(routers, layer),
         gate_bias=biases.gate,
         up_bias=biases.up,
-        output_bias=biases.output or layout.output_bias_D is not None,
+        output_bias=biases.output,
     )
 
 

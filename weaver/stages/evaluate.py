@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from weaver.artifacts.results import (
     EvalResult,
     LayerUsage,
     ModelQuality,
+    RouterReport,
     TaskResult,
     WindowValues,
 )
@@ -21,11 +23,13 @@ from weaver.artifacts.store import file_digest, values_digest, write_json
 from weaver.config import EvalConfig
 from weaver.data.packing import windows
 from weaver.data.sources import find_path, parse_data_spec, read_documents
+from weaver.evaluation.fidelity import KeptInputs, keep_inputs
 from weaver.evaluation.harness import run_harness
 from weaver.evaluation.perplexity import Comparison, compare
 from weaver.evaluation.tasks import run_task
 from weaver.evaluation.usage import count_usage
 from weaver.stages.converted import ConvertedModel, open_converted
+from weaver.stages.router_report import held_out_positions, open_report, router_report
 from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "eval"
@@ -45,22 +49,30 @@ class _Inputs:
 def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = True) -> StageManifest:
     """Measure perplexity, KL, top-1 agreement, expert usage and tasks; write ``results.json``.
 
+    With ``config.router`` also router fidelity and partition stability, see ``router_report``.
+
     Args:
         context: run directory, progress, data folder.
-        config: text, windows, tasks.
+        config: text, windows, tasks, router report.
         finetuned: measure the fine-tuned model if the run has one.
 
     Raises:
-        WeaverError: no finished conversion, no such data, or too little text for one window.
+        WeaverError: no finished conversion, no such data, too little text for one window, or too
+            few calibration samples for the router report.
     """
     converted = open_converted(context, finetuned=finetuned)
     tokenizer = converted.dense.tokenizer()
     inputs = _read_inputs(context, config, tokenizer)
+    report_inputs = open_report(context) if config.router else None
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
         config=config.model_dump(mode="json"),
-        inputs={converted.stage: converted.ref, **inputs.refs},
+        inputs={
+            converted.stage: converted.ref,
+            **(report_inputs.refs() if report_inputs else {}),
+            **inputs.refs,
+        },
     )
     dtype = str(converted.dtype(config.dtype)).removeprefix("torch.")
     run = StageRun(context, request, converted.manifest.model, dtype)
@@ -70,15 +82,22 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
     dense = converted.load_dense(config.dtype)
     moe = converted.load(config.dtype)
     count = inputs.windows_WT.shape[0]
-    with context.progress(STAGE, count) as advance, count_usage(moe) as usage:
+    positions_N = held_out_positions(inputs.windows_WT.numel(), context.seed)
+    keeping: AbstractContextManager[list[KeptInputs]] = (
+        keep_inputs(moe, positions_N) if report_inputs else nullcontext([])
+    )
+    with context.progress(STAGE, count) as advance, count_usage(moe) as usage, keeping as kept:
         comparison = compare(
             dense, moe, inputs.windows_WT, on_window=lambda n: advance(f"window {n}")
         )
+    report = router_report(context, report_inputs, kept) if report_inputs else None
     tasks = {
         name: _run_tasks(context, config, model, tokenizer, files=inputs.task_files, label=name)
         for name, model in (("dense", dense), ("moe", moe))
     }
-    result = _result(request, converted, comparison, usage.summary(), tasks)
+    result = _result(
+        request, converted, comparison, usage=usage.summary(), router=report, tasks=tasks
+    )
     write_json(run.folder / RESULTS, result.model_dump(mode="json"))
     return run.finish(_summary(result))
 
@@ -137,7 +156,9 @@ def _result(
     request: StageRequest,
     converted: ConvertedModel,
     comparison: Comparison,
+    *,
     usage: tuple[LayerUsage, ...],
+    router: RouterReport | None,
     tasks: dict[str, dict[str, TaskResult]],
 ) -> EvalResult:
     account = converted.account()
@@ -167,6 +188,7 @@ def _result(
             top1_agreement=comparison.top1_per_window,
         ),
         expert_usage=usage,
+        router=router,
         config=request.config,
         versions=versions(),
         digests={name: ref.digest for name, ref in request.inputs.items()}
@@ -183,4 +205,5 @@ def _summary(result: EvalResult) -> dict[str, Any]:
         "ffn_sparsity": result.ffn_sparsity,
         "active_parameters": result.active_parameters,
         "total_parameters": result.total_parameters,
+        "router": result.router.model_dump(mode="json") if result.router else None,
     }

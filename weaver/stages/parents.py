@@ -9,13 +9,15 @@ import torch
 
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
 from weaver.artifacts.store import read_record
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
 from weaver.config import CalibrateConfig, ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import DTYPES, Checkpoint
 from weaver.stages.finished import layer_path, parent
 
+# Folder of the profiles of a sequential partition, and of the compensations beside the routers.
 PROFILE_FOLDER = "profile"
+COMPENSATION_FOLDER = "compensation"
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,12 @@ def read_router(folder: Path, layer: int, layout: ExpertLayout) -> Router | None
     if layout.num_routed_experts == 0:
         return None
     return read_record(layer_path(folder, layer), Router)
+
+
+def read_compensation(folder: Path, layer: int) -> Compensation | None:
+    """Compensation of one layer, from the folder of build-router; None where it wrote none.
+
+    ``parent`` has checked that the stage is complete, so a file that is not there was not written.
+    """
+    path = layer_path(folder / COMPENSATION_FOLDER, layer)
+    return read_record(path, Compensation) if path.exists() else None

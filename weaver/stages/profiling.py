@@ -88,6 +88,22 @@ class ResumableStream:
                 self.hidden_WTD[window] = rows[window]
 
 
+def kept_positions(
+    tokens: int, config: CalibrateConfig, hidden_size: int, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Positions in the stream of the tokens whose FFN inputs a profile keeps, ascending.
+
+    Args:
+        tokens: length of the stream.
+        config: how much is kept.
+        hidden_size: D.
+        dtype: dtype in which inputs are kept.
+        seed: of the calibration.
+    """
+    rows = input_rows(config.input_sample_mb, hidden_size, dtype)
+    return sample_positions(tokens, rows, torch.Generator().manual_seed(seed))
+
+
 class Profiler:
     """Makes the ``LayerProfile`` of the layer a stream stands in front of.
 
@@ -116,13 +132,11 @@ class Profiler:
 
     def _profile(self, weights: GluWeights, run: Callable[[nn.Module], None]) -> LayerProfile:
         ids_T = self.packed.sample_ids_WT.reshape(-1)
-        rows = input_rows(self.config.input_sample_mb, weights.hidden_size, self.dtype)
-        generator = torch.Generator().manual_seed(self.seed)
         statistics = LayerStatistics(
             weights,
             self.packed.sample_groups_M.numel(),
             self.config.activation_top_k,
-            sample_positions(ids_T.numel(), rows, generator),
+            kept_positions(ids_T.numel(), self.config, weights.hidden_size, self.dtype, self.seed),
         )
         seen = 0
 

@@ -173,16 +173,17 @@ def select_trainable(model: nn.Module, trainable: str) -> dict[str, nn.Parameter
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: FinetuneConfig) -> AdamW:
     """AdamW with three groups: router scales, matrices, and vectors.
 
-    Weight decay applies to the matrices alone: a norm's weight and a bias have no scale to shrink,
-    and a router scale pulled to 0 would undo what it learnt. ``peak_lr`` of a group is its rate at
-    the end of the warm-up.
+    Weight decay applies to the matrices alone: a norm's weight and a bias have no scale to shrink
+    (the experts' constants are biases too, one row per expert), and a router scale pulled to 0
+    would undo what it learnt. ``peak_lr`` of a group is its rate at the end of the warm-up.
     """
     scales = [p for name, p in parameters.items() if name.endswith("router.scale")]
-    rest = [p for name, p in parameters.items() if not name.endswith("router.scale")]
+    rest = {n: p for n, p in parameters.items() if not n.endswith("router.scale")}
+    matrices = {n for n, p in rest.items() if p.ndim >= 2 and not n.endswith(".expert_bias")}
     groups = [
         (scales, config.router_scale_learning_rate, 0.0),
-        ([p for p in rest if p.ndim >= 2], config.learning_rate, config.weight_decay),
-        ([p for p in rest if p.ndim < 2], config.learning_rate, 0.0),
+        ([p for n, p in rest.items() if n in matrices], config.learning_rate, config.weight_decay),
+        ([p for n, p in rest.items() if n not in matrices], config.learning_rate, 0.0),
     ]
     return AdamW(
         [
