@@ -44,7 +44,7 @@ def measure(
     routed = experts - shared
     top_k = round(experts * (1 - sparsity)) - shared
     ids_TK = torch.rand(tokens, routed, generator=generator).topk(top_k).indices
-    routing = Routing(ids_TK, torch.ones(tokens, top_k), routed)
+    routing = Routing.of_top_k(ids_TK, torch.ones(tokens, top_k), routed)
     functions: dict[str, Callable[[], object]] = {
         "dense": lambda: glu_forward(x_TD, weights),
         "masked": lambda: masked_forward(x_TD, weights, routing, shared * width),
@@ -61,7 +61,7 @@ def measure(
         f"{1e3 * dense:.3f}",
         format_ratio(dense / timings["masked"].median),
         format_ratio(dense / timings["grouped"].median),
-        choose_path(tokens, weights, routing, shared * width),
+        choose_path(weights, routing, shared * width),
     )
 
 

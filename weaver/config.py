@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from weaver.errors import WeaverError
 
@@ -47,27 +47,34 @@ class CalibrateConfig(Section):
     input_sample_mb: float = Field(32.0, gt=0)
 
 
+class RouterConfig(Section):
+    """How the router is built and what makes up for skipped experts. ``None``: as the method does.
+
+    ``refit`` re-solves the down projection, ``constants`` supplies the mean output of skipped
+    experts, ``shrinkage`` holds the candidates for the refit's pull toward the original weights.
+    """
+
+    kind: str | None = None
+    refit: bool | None = None
+    constants: bool | None = None
+    shrinkage: tuple[PositiveFloat, ...] = Field((0.03, 0.1, 0.3, 1.0), min_length=1)
+
+
 class PartitionConfig(Section):
     """How every FFN is split. ``None`` means the method's own default.
 
-    ``propagate_router`` is the router of the layers in front, when layers are split sequentially;
-    ``weaver run`` sets it to the router that the run will use.
+    ``propagate`` is the router of the layers in front, when layers are split sequentially; it is
+    set to the ``router`` section, so that they route as the converted model will.
     """
 
-    method: str = "expertweaver"
+    method: str = "weave"
     sparsity: float = Field(0.25, gt=0, lt=1)
     num_experts: int | None = Field(None, gt=0)
     expert_width_multiple: int = Field(1, gt=0)
-    allocation: Literal["uniform", "adaptive"] = "uniform"
+    allocation: Literal["uniform", "adaptive", "fisher"] | None = None
     sequential: bool | None = None
-    propagate_router: str | None = None
+    propagate: RouterConfig | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-
-
-class RouterConfig(Section):
-    """How the router is built. ``None`` means the one of the partition method's paper."""
-
-    kind: str | None = None
 
 
 class AssembleConfig(Section):

@@ -36,6 +36,7 @@ def eval_result(**changes: Any) -> EvalResult:
                 )
             },
         ),
+        "measured_ffn_flops_per_token": 770,
         "kl": 0.2,
         "top1_agreement": 0.8,
         "tokens": 2047,
@@ -51,6 +52,7 @@ def eval_result(**changes: Any) -> EvalResult:
                 module="model.layers.0.mlp",
                 tokens=4,
                 token_share=(0.5, 0.5),
+                experts_per_token=1.0,
                 coefficient_of_variation=0.0,
                 dead_share=0.0,
                 entropy=0.693,
@@ -86,6 +88,7 @@ def test_the_keys_that_scripts_rely_on() -> None:
     data = json.loads(eval_result().model_dump_json())
     assert data["dense"]["perplexity"] == 20.0
     assert data["moe"]["perplexity"] == 25.0
+    assert data["measured_ffn_flops_per_token"] == 770
     assert {"kl", "top1_agreement", "ffn_sparsity", "active_parameters"} <= data.keys()
     assert {"total_parameters", "tokens"} <= data.keys()
     assert data["moe"]["tasks"]["arc"]["correct"]["acc"] == [0, 1]

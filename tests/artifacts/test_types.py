@@ -38,6 +38,15 @@ def test_a_static_layout() -> None:
     assert found.permutation.tolist() == [9, 0, 4]
 
 
+def test_a_threshold_counts_with_its_mean() -> None:
+    found = layout(selection="threshold")
+    assert found.active_neurons == 7
+    assert found.ffn_sparsity == pytest.approx(0.3)
+    assert found.scalars() == {"intermediate_size": 10, "top_k": 2, "selection": "threshold"}
+    assert ExpertLayout.build(found.tensors(), found.scalars()).selection == "threshold"
+    assert layout().selection == "top-k"
+
+
 NONE_S = torch.zeros(0, dtype=torch.int64)
 NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
 
@@ -53,6 +62,11 @@ NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
         ({"top_k": 4}, r"top_k=4 outside 1\.\.3"),
         ({"top_k": 1, "experts_EN": NONE_EN}, r"top_k=1 outside 0\.\.0"),
         ({"top_k": 0, "experts_EN": NONE_EN, "shared_S": NONE_S}, "layout holds no neuron"),
+        ({"selection": "top-p"}, "selection 'top-p' is not one of"),
+        (
+            {"top_k": 0, "experts_EN": NONE_EN, "selection": "threshold"},
+            "selection 'threshold' of a layout without routed experts",
+        ),
         ({"shared_S": torch.tensor([[0]])}, "shared_S is a vector, experts_EN a matrix"),
         ({"experts_EN": torch.tensor([1, 2])}, "shared_S is a vector, experts_EN a matrix"),
     ],

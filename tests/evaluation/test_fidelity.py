@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,7 +13,13 @@ from tiny_conversions import random_layout, random_router
 from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import Compensation, ExpertLayout, Router
+from weaver.artifacts.types import (
+    SELECTIONS,
+    Compensation,
+    ExpertLayout,
+    Router,
+    Selection,
+)
 from weaver.evaluation.fidelity import (
     expert_contributions,
     keep_inputs,
@@ -65,6 +71,39 @@ def test_an_expert_bias_changes_the_oracle() -> None:
     assert fidelity.captured_contribution == pytest.approx((1 + 6.25) / (6.25 + 6.25))
 
 
+THRESHOLD = replace(LAYOUT, selection="threshold")
+
+
+def test_a_threshold_is_compared_with_the_best_pairs_of_all_tokens() -> None:
+    x_TD = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert expert_contributions(x_TD, WEIGHTS, LAYOUT).tolist() == [[1, 0, 0.25], [0, 64, 4]]
+    # Logits (1/2, -1/2, -1/2) and (-1/2, 3/2, 3/2): the three pairs of 1, 64 and 4.
+    weight_ED = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    best = replace(ROUTER, weight_ED=weight_ED, bias_E=torch.full((3,), -0.5))
+    fidelity = router_fidelity(x_TD, WEIGHTS, THRESHOLD, best)
+    assert (fidelity.oracle_agreement, fidelity.captured_contribution) == (1, 1)
+    assert fidelity.chance_agreement == 3 / 6
+    assert fidelity.load_cv == 0
+    # Expert 2 for both tokens; the two best pairs both are of the second token.
+    third = replace(ROUTER, weight_ED=torch.zeros(3, 2), bias_E=torch.tensor([-1.0, -1.0, 1.0]))
+    fidelity = router_fidelity(x_TD, WEIGHTS, THRESHOLD, third)
+    assert fidelity.oracle_agreement == 0.5
+    assert fidelity.chance_agreement == 2 / 6
+    assert fidelity.captured_contribution == pytest.approx(4.25 / 68)
+    # Loads 0, 0, 2: mean 2/3, variance 8/9.
+    assert fidelity.load_cv == pytest.approx(math.sqrt(8 / 9) * 3 / 2)
+    # By top-1 the same router chooses the same, but its oracle takes experts 0 and 1.
+    fidelity = router_fidelity(x_TD, WEIGHTS, LAYOUT, third)
+    assert fidelity.oracle_agreement == 0
+    assert fidelity.captured_contribution == pytest.approx(4.25 / 65)
+
+
+def test_a_threshold_that_chooses_nothing() -> None:
+    router = replace(ROUTER, bias_E=torch.full((3,), -9.0))
+    fidelity = router_fidelity(X_TD, WEIGHTS, THRESHOLD, router)
+    assert set(asdict(fidelity).values()) == {0.0}
+
+
 def _random_weights(neurons: int, seed: int) -> GluWeights:
     generator = torch.Generator().manual_seed(seed)
     gate_FD, up_FD, down_FD = torch.randn(3, neurons, 6, generator=generator)
@@ -72,11 +111,13 @@ def _random_weights(neurons: int, seed: int) -> GluWeights:
     return GluWeights(gate_FD, up_FD, down_FD, "silu", gate_bias_F=gate_bias_F)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 4))
+@given(st.integers(0, 2**31), st.integers(1, 4), st.sampled_from(SELECTIONS))
 @settings(max_examples=20, deadline=None)
-def test_no_router_captures_more_than_the_oracle(seed: int, top_k: int) -> None:
+def test_no_router_captures_more_than_the_oracle(
+    seed: int, top_k: int, selection: Selection
+) -> None:
     weights = _random_weights(22, seed)
-    layout = random_layout(22, shared=2, experts=4, top_k=top_k, seed=seed)
+    layout = random_layout(22, shared=2, experts=4, top_k=top_k, seed=seed, selection=selection)
     router = random_router("linear", 4, 6, seed=seed)
     x_TD = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
     fidelity = router_fidelity(x_TD, weights, layout, router)
@@ -84,15 +125,19 @@ def test_no_router_captures_more_than_the_oracle(seed: int, top_k: int) -> None:
     assert (fidelity.captured_contribution == pytest.approx(1)) == (
         fidelity.oracle_agreement == pytest.approx(1)
     )
-    if top_k == 4:
+    if top_k == 4 and selection == "top-k":
         assert fidelity.oracle_agreement == fidelity.chance_agreement == 1
 
 
-@pytest.mark.parametrize("kind", ["linear", "glu"])
+@pytest.mark.parametrize(
+    ("kind", "selection"), [("linear", "top-k"), ("linear", "threshold"), ("glu", "top-k")]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_module_is_measured_as_the_layer_it_was_made_from(kind: str, with_bias: bool) -> None:
+def test_a_module_is_measured_as_the_layer_it_was_made_from(
+    kind: str, selection: Selection, with_bias: bool
+) -> None:
     weights = _random_weights(22, 1)
-    layout = random_layout(22, shared=4, experts=6, top_k=2, seed=1)
+    layout = random_layout(22, shared=4, experts=6, top_k=2, seed=1, selection=selection)
     router = random_router("glu" if kind == "glu" else "linear", 6, 6, seed=1)
     x_TD = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
     bias_ED = 3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(2))

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.results import LayerUsage
+from weaver.artifacts.types import ExpertLayout, Router
 from weaver.evaluation.usage import count_usage, expert_usage, layer_usage
+from weaver.kernels.reference import Routing
+from weaver.models.accounting import ModelAccount
+from weaver.models.moe import MoEFeedForward
 
 BuildModel = Callable[..., PreTrainedModel]
 
@@ -23,11 +28,11 @@ class FixedRouting(nn.Module):
         super().__init__()
         self.num_routed_experts = experts
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def routing(self, x_TD: Tensor) -> Routing:
         assert x_TD.ndim == 2
         ids_T = 1 + torch.arange(x_TD.shape[0]) % (self.num_routed_experts - 1)
         ids_TK = torch.stack([torch.zeros_like(ids_T), ids_T], dim=1)
-        return ids_TK, torch.ones_like(ids_TK, dtype=x_TD.dtype)
+        return Routing.of_top_k(ids_TK, torch.ones(ids_TK.shape), self.num_routed_experts)
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -37,6 +42,7 @@ def test_balance_of_known_counts() -> None:
     usage = layer_usage(torch.tensor([3, 1, 0, 4]), 4, "model.layers.7.mlp")
     assert usage.layer == 7
     assert usage.token_share == (0.75, 0.25, 0.0, 1.0)
+    assert usage.experts_per_token == 2.0
     # mean 2, population variance (1 + 1 + 4 + 4) / 4 = 2.5
     assert usage.coefficient_of_variation == pytest.approx(math.sqrt(2.5) / 2)
     assert usage.dead_share == 0.25
@@ -54,6 +60,39 @@ def test_even_use_has_full_entropy_and_single_use_none() -> None:
     assert single.dead_share == 0.5
 
 
+def test_a_layer_that_selects_nothing() -> None:
+    usage = layer_usage(torch.zeros(3, dtype=torch.int64), 5, "layers.0")
+    assert usage.token_share == (0.0, 0.0, 0.0)
+    assert (usage.experts_per_token, usage.dead_share) == (0.0, 1.0)
+    assert (usage.coefficient_of_variation, usage.entropy) == (0.0, 0.0)
+
+
+def test_a_threshold_layer_reports_what_it_really_selects() -> None:
+    """Two experts of one neuron, set to one a token, of which four tokens select 0, 1, 2 and 0."""
+    matrix_FD = torch.eye(2)
+    ffn = MoEFeedForward.convert(
+        GluWeights(matrix_FD, matrix_FD, matrix_FD, "relu"),
+        ExpertLayout(
+            2, 1, torch.empty(0, dtype=torch.int64), torch.tensor([[0], [1]]), selection="threshold"
+        ),
+        Router(
+            "linear", matrix_FD, torch.zeros(2), torch.zeros(2), bias_E=torch.tensor([-1.0, -1.0])
+        ),
+    )
+    x_TD = torch.tensor([[1.0, 1.0], [2.0, 0.0], [3.0, 3.0], [0.0, 0.0]])
+    with count_usage(nn.Sequential(ffn)) as counts:
+        y_TD = ffn(x_TD)
+    (usage,) = counts.summary()
+    assert usage.token_share == (0.5, 0.25)
+    assert usage.experts_per_token == 0.75
+    # Where no expert runs and nothing is shared, the output is 0.
+    assert y_TD.tolist() == [[0.0, 0.0], [4.0, 0.0], [9.0, 9.0], [0.0, 0.0]]
+    # 2 * 2 * (3 * (0 + K * 1) + 2): 20 at K = 1, 17 at the 0.75 that were selected.
+    account = ModelAccount(2, 2, 100, [ffn.shape])
+    assert account.ffn_flops == 20
+    assert account.measured_ffn_flops({usage.layer: usage.experts_per_token}) == 17
+
+
 def with_routing(model: PreTrainedModel, *experts: int) -> PreTrainedModel:
     for layer, count in zip(model.get_submodule("model.layers").children(), experts, strict=True):
         layer.mlp = FixedRouting(count)
@@ -69,6 +108,7 @@ def test_a_models_layers_are_counted_and_static_ones_left_out(build_llama: Build
     assert first.tokens == 8
     # 4 tokens a window: experts 1, 2, 1, 2 and always 0.
     assert first.token_share == (1.0, 0.5, 0.5)
+    assert first.experts_per_token == second.experts_per_token == 2.0
     assert second.token_share == (1.0, 0.25, 0.25, 0.25, 0.25)
     assert second.num_routed_experts == 5
     assert done == [1, 2]

@@ -47,10 +47,20 @@ def make_ffn() -> MakeFfn:
 
 @pytest.fixture
 def make_routing() -> MakeRouting:
-    """A routing of T tokens; ``hot`` names an expert of every token, ``never`` one of none."""
+    """A routing of T tokens; ``hot`` names an expert of every token, ``never`` one of none.
+
+    With ``uneven`` token t keeps its first t mod (K + 1) experts only, with ``nothing`` none.
+    """
 
     def build(
-        tokens: int, experts: int, top_k: int, *, hot: int | None = None, never: int | None = None
+        tokens: int,
+        experts: int,
+        top_k: int,
+        *,
+        hot: int | None = None,
+        never: int | None = None,
+        uneven: bool = False,
+        nothing: bool = False,
     ) -> Routing:
         generator = torch.Generator().manual_seed(tokens)
         preference_TE = torch.rand(tokens, experts, generator=generator)
@@ -60,6 +70,18 @@ def make_routing() -> MakeRouting:
             preference_TE[:, never] = -1.0
         ids_TK = preference_TE.topk(top_k, dim=-1).indices
         weights_TK = 0.5 + torch.rand(tokens, top_k, generator=generator)
-        return Routing(ids_TK, weights_TK, experts)
+        every = Routing.of_top_k(ids_TK, weights_TK, experts)
+        if not (uneven or nothing):
+            return every
+        allowed_T = torch.arange(tokens) % (top_k + 1) * (not nothing)
+        kept_TK = torch.arange(top_k) < allowed_T[:, None]
+        kept_P = kept_TK.reshape(-1)
+        return Routing(
+            every.tokens_P[kept_P],
+            every.experts_P[kept_P],
+            every.weights_P[kept_P],
+            tokens,
+            experts,
+        )
 
     return build

@@ -32,6 +32,10 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
     "nothing shared": (33, 16, 0, 4, 6, 2, {}),
     "nothing shared, no token": (0, 16, 0, 4, 6, 2, {}),
     "odd sizes": (37, 13, 11, 5, 9, 3, {}),
+    "uneven": (37, 13, 11, 5, 9, 3, {"uneven": True}),
+    "uneven, one hot expert": (37, 13, 11, 5, 9, 3, {"uneven": True, "hot": 1}),
+    "no pair": (33, 16, 10, 4, 6, 2, {"nothing": True}),
+    "nothing shared, no pair": (33, 16, 0, 4, 6, 2, {"nothing": True}),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
@@ -65,7 +69,7 @@ def test_the_same_outputs(
     expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
     assert y_TD.dtype == expected_TD.dtype == dtype
     assert y_TD.shape == x_TD.shape
-    if len(x_TD) > 1:
+    if len(x_TD) > 1 and (shared or routing.num_pairs):
         assert 0.3 < expected_TD.float().std() < 5  # Else the absolute tolerance says nothing.
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(y_TD, expected_TD, rtol=tolerance, atol=tolerance)
@@ -87,17 +91,17 @@ def test_sixteen_bit_is_as_near_to_the_truth_as_the_definition(
 
 
 def leaves(x_TD: Tensor, weights: GluWeights, routing: Routing) -> dict[str, Tensor]:
-    named = {"x_TD": x_TD, "weights_TK": routing.weights_TK}
+    named = {"x_TD": x_TD, "weights_P": routing.weights_P}
     named["expert_bias_ED"] = constants(weights, routing)
     named |= {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "activation"}
     return {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
 
 
 def gradients(forward: Any, leaf: dict[str, Tensor], routing: Routing, shared: int) -> list[Tensor]:
-    apart = {"x_TD", "weights_TK", "expert_bias_ED"}
+    apart = {"x_TD", "weights_P", "expert_bias_ED"}
     named = {name: leaf[name] for name in leaf if name not in apart}
     weights = GluWeights(activation="silu", **named)
-    routing = replace(routing, weights_TK=leaf["weights_TK"])
+    routing = replace(routing, weights_P=leaf["weights_P"])
     y_TD = forward(leaf["x_TD"], weights, routing, shared, leaf["expert_bias_ED"])
     toward_TD = torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)
     return list(torch.autograd.grad(y_TD, list(leaf.values()), toward_TD, materialize_grads=True))
@@ -115,9 +119,9 @@ def test_the_same_gradients(
     expected = gradients(masked_forward, leaf, routing, shared)
     for name, ours, theirs in zip(leaf, found, expected, strict=True):
         # The factors are float32 in both, so their gradient is rounded to it.
-        limit = max(tolerance, 1e-6) if name == "weights_TK" else tolerance
+        limit = max(tolerance, 1e-6) if name == "weights_P" else tolerance
         torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit, msg=name)
-        if len(x_TD):
+        if routing.num_pairs:
             assert theirs.abs().max() > 0, name
 
 
@@ -137,7 +141,9 @@ def test_gradients_of_an_expert_without_tokens_are_zero(make_ffn: Any, make_rout
 def test_gradients_are_right(make_ffn: Any, make_routing: Any) -> None:
     """Against finite differences, so that both paths cannot be wrong together."""
     x_TD, weights, routing, _ = problem(make_ffn, make_routing, "odd sizes", torch.float64)
-    few = replace(routing, ids_TK=routing.ids_TK[:3], weights_TK=routing.weights_TK[:3])
+    # Three experts for the first token, two for the second, none for the third.
+    pairs = {name: getattr(routing, name)[:5] for name in ("tokens_P", "experts_P", "weights_P")}
+    few = replace(routing, num_tokens=3, **pairs)
     differentiated = (x_TD[:3], weights.gate_FD, constants(weights, routing))
     assert torch.autograd.gradcheck(
         lambda x, gate, bias: grouped_forward(x, replace(weights, gate_FD=gate), few, 11, bias),
@@ -157,36 +163,47 @@ def test_slices_of_the_stored_weights(make_ffn: Any, biases: bool) -> None:
     torch.testing.assert_close(total_TD, glu_forward(x_TD, weights))
 
 
+def first_experts(tokens: int, top_k: int, experts: int) -> Routing:
+    """Every token takes the first K experts."""
+    ids_TK = torch.arange(top_k).expand(tokens, top_k)
+    return Routing.of_top_k(ids_TK, torch.ones(tokens, top_k), experts)
+
+
 def test_the_choice_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """T = 10, D = 8, E = 4 experts of N = 10, K = 1, at made-up costs."""
     matrix_FD = torch.zeros(50, 8)
     weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
-    routing = Routing(torch.zeros(10, 1, dtype=torch.int64), torch.ones(10, 1), 4)
+    routing = first_experts(10, 1, 4)
     monkeypatch.setattr(ops, "MACS_PER_SECOND", {torch.float32: 100.0})
     monkeypatch.setattr(ops, "SECONDS_PER_VALUE", 0.5)
     monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 3.0)
     # 3 * 80 * (4 - 1) * 10 / 100 = 72 saved, 80 * 1 * 0.5 = 40 to gather, 4 * 3 of overhead.
-    assert predicted_gain(10, weights, routing, 10) == pytest.approx(72 - 40 - 12)
-    assert choose_path(10, weights, routing, 10) == "grouped"
+    assert predicted_gain(weights, routing, 10) == pytest.approx(72 - 40 - 12)
+    assert choose_path(weights, routing, 10) == "grouped"
     # Two tokens use two experts at most: 3 * 16 * 3 * 10 / 100 - 16 * 0.5 - 2 * 3.
-    assert predicted_gain(2, weights, routing, 10) == pytest.approx(14.4 - 8 - 6)
+    assert predicted_gain(weights, first_experts(2, 1, 4), 10) == pytest.approx(14.4 - 8 - 6)
+    # Three pairs of ten tokens: 3 * 8 * (40 - 3) * 10 / 100 - 3 * 8 * 0.5 - 3 * 3; none: 96.
+    few = replace(routing, tokens_P=torch.tensor([2, 2, 7]), experts_P=torch.tensor([0, 1, 0]))
+    assert predicted_gain(weights, few, 10) == pytest.approx(88.8 - 12 - 9)
+    none_P = torch.empty(0, dtype=torch.int64)
+    none = replace(routing, tokens_P=none_P, experts_P=none_P)
+    assert predicted_gain(weights, none, 10) == pytest.approx(96)
     monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 8.0)
-    assert choose_path(10, weights, routing, 10) == "masked"
-    assert choose_path(10, weights, None, 50) == "masked"
+    assert choose_path(weights, routing, 10) == "masked"
+    assert choose_path(weights, None, 50) == "masked"
 
 
 def test_nothing_is_gained_when_all_experts_are_active() -> None:
     matrix_FD = torch.empty(14336, 4096, device="meta")
     weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
-    routing = Routing(torch.arange(8).expand(4096, 8), torch.ones(4096, 8), 8)
-    assert choose_path(4096, weights, routing, 0) == "masked"
+    assert choose_path(weights, first_experts(4096, 8, 8), 0) == "masked"
 
 
 def test_one_token_of_a_small_model_is_masked_and_a_long_prompt_of_a_large_one_is_grouped() -> None:
     def path(tokens: int, hidden: int, intermediate: int) -> str:
         matrix_FD = torch.empty(intermediate, hidden, device="meta")
-        routing = Routing(torch.zeros(tokens, 6, dtype=torch.int64), torch.ones(tokens, 6), 8)
-        return choose_path(tokens, GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu"), routing, 0)
+        weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
+        return choose_path(weights, first_experts(tokens, 6, 8), 0)
 
     assert path(1, 576, 1536) == "masked"
     assert path(2048, 4096, 14336) == "grouped"

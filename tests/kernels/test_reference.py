@@ -14,14 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_forward
-from weaver.artifacts.types import Router
+from weaver.artifacts.types import SELECTIONS, Router
 from weaver.kernels.ops import grouped_forward
 from weaver.kernels.reference import (
     Routing,
     masked_forward,
     route,
-    router_probabilities,
+    router_logits,
 )
+
+
+def experts_of(routing: Routing, token: int) -> list[tuple[int, float]]:
+    """Experts of one token and their factors."""
+    pairs = zip(routing.experts_P.tolist(), routing.weights_P.tolist(), strict=True)
+    return [pair for pair, of in zip(pairs, routing.tokens_P.tolist(), strict=True) if of == token]
 
 
 def token_by_token(
@@ -41,9 +47,7 @@ def token_by_token(
         y_D = torch.zeros_like(x_D)
         if routing is not None:
             width = (weights.intermediate_size - num_shared) // routing.num_experts
-            for expert, factor in zip(
-                routing.ids_TK[token].tolist(), routing.weights_TK[token].tolist(), strict=True
-            ):
+            for expert, factor in experts_of(routing, token):
                 start = num_shared + expert * width
                 neurons += [(j, factor) for j in range(start, start + width)]
                 if expert_bias_ED is not None:
@@ -71,6 +75,9 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
     "nothing shared, no token": (0, 8, 0, 4, 3, 2, {}),
     "experts of one neuron": (9, 8, 5, 7, 1, 3, {}),
     "odd sizes": (13, 7, 11, 5, 9, 3, {}),
+    "uneven": (13, 7, 11, 5, 9, 3, {"uneven": True}),
+    "no pair": (9, 8, 5, 4, 3, 2, {"nothing": True}),
+    "nothing shared, no pair": (9, 8, 0, 4, 3, 2, {"nothing": True}),
 }
 
 
@@ -117,7 +124,7 @@ def test_by_hand(forward: Callable[..., Tensor]) -> None:
     )
     x_TD = torch.tensor([[2.0, 3.0], [-1.0, 3.0]])
     # Token 0: h = (2 * 2, 3 * 6, 5 * 2) = (4, 18, 10); token 1: h = (0, 18, 2 * -1) = (0, 18, -2).
-    routing = Routing(torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]]), 2)
+    routing = Routing.of_top_k(torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]]), 2)
     y_TD = forward(x_TD, weights, routing, 1)
     assert y_TD.tolist() == [[4.0, 9.0], [-40.0, -40.0]]
     # The constants come with the factors: 0.5 * (100, 10) and 2 * (1, 7).
@@ -129,9 +136,30 @@ def test_by_hand(forward: Callable[..., Tensor]) -> None:
     assert y_TD.tolist() == [[1054.0, 2014.0], [962.0, 1974.0]]
 
 
-def test_factors_by_hand() -> None:
-    routing = Routing(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.5, 2.0], [3.0, 4.0]]), 3)
-    assert routing.factors_TE().tolist() == [[2.0, 0.0, 0.5], [0.0, 3.0, 4.0]]
+def test_top_k_pairs_by_hand() -> None:
+    ids_TK, weights_TK = torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.5, 2.0], [3.0, 4.0]])
+    routing = Routing.of_top_k(ids_TK, weights_TK, 4)
+    assert routing.tokens_P.tolist() == [0, 0, 1, 1]
+    assert routing.experts_P.tolist() == [2, 0, 1, 2]
+    assert routing.factors_TE().tolist() == [[2.0, 0.0, 0.5, 0.0], [0.0, 3.0, 4.0, 0.0]]
+    assert routing.counts_E().tolist() == [1, 1, 2, 0]
+    assert (routing.num_pairs, routing.num_tokens, routing.num_experts) == (4, 2, 4)
+
+
+def test_uneven_pairs_by_hand() -> None:
+    """Three tokens with two, no and one expert."""
+    routing = Routing(
+        torch.tensor([0, 0, 2]), torch.tensor([2, 0, 2]), torch.tensor([0.5, 0.0, 3.0]), 3, 3
+    )
+    assert routing.factors_TE().tolist() == [[0.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 3.0]]
+    # Selected with a factor of 0 is selected.
+    assert routing.selected_TE().int().tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
+    assert routing.counts_E().tolist() == [1, 0, 2]
+    assert routing.num_pairs == 3
+
+
+def router_probabilities(x_TD: Tensor, router: Router, activation: str) -> Tensor:
+    return router_logits(x_TD, router, activation).softmax(-1)
 
 
 def router_of(weight_ED: Tensor, up_weight_ED: Tensor | None = None, **values: float) -> Router:
@@ -162,8 +190,8 @@ def test_the_intercept_by_hand() -> None:
     # Unlike the balance bias, the intercept enters the factors 1 + p * scale.
     scaled = replace(router, scale_E=torch.tensor([0.0, 2.0, 3.0]))
     routing = route(torch.eye(2), scaled, "silu", 1)
-    assert routing.ids_TK.tolist() == [[1], [2]]
-    torch.testing.assert_close(routing.weights_TK, torch.tensor([[2.0], [3.0]]))
+    assert routing.experts_P.tolist() == [1, 2]
+    torch.testing.assert_close(routing.weights_P, torch.tensor([2.0, 3.0]))
 
 
 def test_glu_probabilities_by_hand() -> None:
@@ -192,9 +220,81 @@ def test_routing_by_hand() -> None:
     routing = route(torch.ones(1, 1), router, "silu", 2)
     # Probabilities (0.5, 0.3, 0.2); with the bias (0.1, 0.3, 0.2) experts 1 and 2 win. The bias
     # does not enter the factors 1 + 0.3 * 1 and 1 + 0.2 * 2.
-    assert routing.ids_TK.tolist() == [[1, 2]]
-    torch.testing.assert_close(routing.weights_TK, torch.tensor([[1.3, 1.4]]))
+    assert routing.experts_P.tolist() == [1, 2]
+    torch.testing.assert_close(routing.weights_P, torch.tensor([1.3, 1.4]))
     assert routing.num_experts == 3
+
+
+# Logits x - (1, 2, 3) by the intercept.
+THRESHOLD_ROUTER = Router(
+    kind="linear",
+    weight_ED=torch.eye(3),
+    scale_E=torch.tensor([10.0, 1.0, 2.0]),
+    balance_bias_E=torch.zeros(3),
+    bias_E=torch.tensor([-1.0, -2.0, -3.0]),
+)
+
+
+def test_threshold_routing_by_hand() -> None:
+    x_TD = torch.tensor([[1.0, 5.0, 3.5], [1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [9.0, 0.0, 0.0]])
+    # Logits (0, 3, 0.5), (0, 0, 0), (1, 1, 1) and (8, -2, -3): 0 itself is not above the threshold,
+    # so that the second token has no expert. top_k = 1 plays no part.
+    routing = route(x_TD, THRESHOLD_ROUTER, "silu", 1, "threshold")
+    assert routing.tokens_P.tolist() == [0, 0, 2, 2, 2, 3]
+    assert routing.experts_P.tolist() == [1, 2, 0, 1, 2, 0]
+    assert (routing.num_tokens, routing.num_experts) == (4, 3)
+    assert routing.weights_P.dtype == torch.float32
+    # Factors 1 + p * scale with p the softmax over all experts, selected or not.
+    p_E = torch.tensor([1.0, math.exp(3.0), math.exp(0.5)]) / (1 + math.exp(3.0) + math.exp(0.5))
+    last = 1 / (1 + math.exp(-10.0) + math.exp(-11.0))
+    expected = [1 + p_E[1], 1 + 2 * p_E[2], 1 + 10 / 3, 1 + 1 / 3, 1 + 2 / 3, 1 + 10 * last]
+    torch.testing.assert_close(routing.weights_P, torch.tensor(expected))
+
+
+def test_the_balance_bias_moves_the_threshold_of_the_logits() -> None:
+    x_TD = torch.tensor([[1.0, 5.0, 3.5], [1.0, 2.0, 3.0]])
+    router = replace(THRESHOLD_ROUTER, balance_bias_E=torch.tensor([0.25, -3.0, -0.25]))
+    # Logits (0, 3, 0.5) and (0, 0, 0), with the bias (0.25, 0, 0.25) and (0.25, -3, -0.25).
+    routing = route(x_TD, router, "silu", 1, "threshold")
+    assert routing.tokens_P.tolist() == [0, 0, 1]
+    assert routing.experts_P.tolist() == [0, 2, 0]
+    # The factors are those of the logits without it: 1 + 10 / 3 for the second token.
+    assert float(routing.weights_P[2]) == pytest.approx(1 + 10 / 3)
+
+
+def test_only_a_linear_router_has_a_threshold() -> None:
+    router = router_of(torch.ones(2, 1), torch.ones(2, 1))
+    with pytest.raises(ValueError, match="a glu router selects by top-k"):
+        route(torch.ones(1, 1), router, "silu", 1, "threshold")
+
+
+@given(
+    tokens=st.integers(0, 6),
+    shared=st.integers(0, 3),
+    experts=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_the_extremes_of_a_threshold(tokens: int, shared: int, experts: int, seed: int) -> None:
+    """Far below the threshold only the shared part is left, far above it the dense FFN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    neurons = shared + 2 * experts
+    weights = GluWeights(normal(neurons, 3), normal(neurons, 3), normal(neurons, 3), "silu")
+    x_TD, router = normal(tokens, 3), router_of(normal(experts, 3))
+    part_TD = glu_forward(x_TD, weights.select(torch.arange(shared)))
+    for intercept, pairs, expected_TD in (
+        (-1e4, 0, part_TD),
+        (1e4, tokens * experts, glu_forward(x_TD, weights)),
+    ):
+        moved = replace(router, bias_E=torch.full((experts,), intercept))
+        routing = route(x_TD, moved, "silu", 1, "threshold")
+        assert routing.num_pairs == pairs
+        for forward in (masked_forward, grouped_forward):
+            y_TD = forward(x_TD, weights, routing, shared)
+            torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
 
 
 @given(tokens=st.integers(0, 6), experts=st.integers(1, 6), seed=st.integers(0, 99), data=st.data())
@@ -203,9 +303,9 @@ def test_routing_properties(tokens: int, experts: int, seed: int, data: st.DataO
     generator = torch.Generator().manual_seed(seed)
     router = router_of(torch.randn(experts, 3, generator=generator))
     routing = route(torch.randn(tokens, 3, generator=generator), router, "silu", top_k)
-    assert routing.ids_TK.shape == (tokens, top_k)
-    assert all(len(set(ids)) == top_k for ids in routing.ids_TK.tolist())
-    assert torch.equal(routing.weights_TK, torch.ones(tokens, top_k))
+    assert routing.tokens_P.tolist() == [token for token in range(tokens) for _ in range(top_k)]
+    assert torch.equal(routing.selected_TE().sum(1), torch.full((tokens,), top_k))
+    assert torch.equal(routing.weights_P, torch.ones(tokens * top_k))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,7 +316,11 @@ def test_routing_is_computed_in_float32(dtype: torch.dtype) -> None:
     router = router_of(torch.randn(16, 32, generator=generator).to(dtype), scale=1.0)
     exact = replace(router_of(router.weight_ED.float(), scale=1.0), bias_E=bias_E.float())
     router = replace(router, bias_E=bias_E)
-    low, full = route(x_TD, router, "silu", 4), route(x_TD.float(), exact, "silu", 4)
-    assert torch.equal(low.ids_TK, full.ids_TK)
-    assert torch.equal(low.weights_TK, full.weights_TK)
-    assert low.weights_TK.dtype == torch.float32
+    for selection in SELECTIONS:
+        low = route(x_TD, router, "silu", 4, selection)
+        full = route(x_TD.float(), exact, "silu", 4, selection)
+        assert low.num_pairs > 0
+        assert torch.equal(low.tokens_P, full.tokens_P)
+        assert torch.equal(low.experts_P, full.experts_P)
+        assert torch.equal(low.weights_P, full.weights_P)
+        assert low.weights_P.dtype == torch.float32

@@ -56,9 +56,28 @@ def test_the_intercept_and_the_constants_by_hand() -> None:
 
 
 def test_a_shape_written_before_there_were_constants() -> None:
-    entry = {k: v for k, v in SHAPE.to_dict().items() if k not in {"router_bias", "expert_bias"}}
+    later = {"router_bias", "expert_bias", "selection"}
+    entry = {k: v for k, v in SHAPE.to_dict().items() if k not in later}
     assert len(entry) == 8
     assert LayerShape(**entry) == SHAPE
+
+
+def test_the_mean_of_a_threshold_by_hand() -> None:
+    """A threshold set to one expert costs what top-1 does; what a text used is counted apart."""
+    shape = replace(SHAPE, selection="threshold", expert_bias=True)
+    same = replace(SHAPE, expert_bias=True)
+    assert shape.active_neurons == same.active_neurons == 7
+    assert shape.flops(4) == same.flops(4) == 2 * (7 * 12 + 12) + 4
+    assert shape.parameters(4, active=True) == same.parameters(4, active=True)
+    # 1.3 experts: 2 + 6.5 neurons and 1.3 constants of 4 values, 2 * (8.5 * 12 + 12) + 5.2 = 233.2.
+    assert shape.flops(4, 1.3) == 233
+    assert shape.flops(4, 0.0) == 2 * (2 * 12 + 12)
+    account = ModelAccount(4, 17, 1000, [shape, LayerShape(8), SHAPE])
+    measured = account.measured_ffn_flops({0: 1.3, 2: 1.0})
+    assert measured == 233 + 2 * 96 + 2 * (7 * 12 + 12)
+    assert account.ffn_flops == 2 * (7 * 12 + 12) + 4 + 2 * 96 + 2 * (7 * 12 + 12)
+    with pytest.raises(KeyError, match="2"):
+        account.measured_ffn_flops({0: 1.3})
 
 
 def test_a_static_layer_by_hand() -> None:
@@ -101,6 +120,10 @@ def test_the_shape_of_a_layout() -> None:
     )
     assert shape == LayerShape(8, 5, 8, 2, "glu", True, False, True)
     assert LayerShape(**shape.to_dict()) == shape
+    chosen = random_layout(48, shared=8, experts=5, top_k=2, selection="threshold")
+    assert LayerShape.of(
+        chosen, random_router("linear", 5, 4), gate_bias=False, up_bias=False, output_bias=False
+    ) == LayerShape(8, 5, 8, 2, "linear", selection="threshold")
     static = random_layout(48, shared=8, experts=0, top_k=0)
     assert LayerShape.of(
         static, None, gate_bias=False, up_bias=False, output_bias=False

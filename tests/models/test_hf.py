@@ -155,6 +155,7 @@ def test_every_layer_has_its_own_shape(open_tiny: OpenTiny, tmp_path: Path) -> N
         "output_bias": False,
         "router_bias": False,
         "expert_bias": False,
+        "selection": "top-k",
     }
 
 

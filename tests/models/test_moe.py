@@ -1,13 +1,16 @@
-"""A converted FFN with an intercept, constants of experts and another down projection."""
+"""A converted FFN with an intercept or a threshold, constants of experts, another down matrix."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from masked_models import masked_model
 from tiny_conversions import (
+    Conversion,
     OpenTiny,
     account_of,
     ffns_of,
@@ -24,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from weaver.algorithms.glu import GluWeights, glu_forward, glu_hidden
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
+from weaver.evaluation.usage import count_usage
 from weaver.kernels import ops
 from weaver.models.accounting import LayerShape
 from weaver.models.hf import converted_config, register
@@ -71,6 +75,28 @@ def test_a_compensated_layer_by_hand(monkeypatch: pytest.MonkeyPatch, path: str)
     assert torch.equal(module(x_TD[None])[0], module(x_TD))
 
 
+@pytest.mark.parametrize("path", ["masked", "grouped"])
+def test_a_layer_with_a_threshold_by_hand(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(ops, "choose_path", lambda *_: path)
+    router = replace(ROUTER, bias_E=torch.tensor([-3.0, -1.5]))
+    layout = replace(LAYOUT, selection="threshold")
+    module = MoEFeedForward.convert(WEIGHTS, layout, router, COMPENSATION)
+    assert module.shape.selection == "threshold"
+    # Logits (5, -0.5), (0, 0.5), (1, 0.5) and (-2, -0.5): expert 0, expert 1, both, none.
+    x_TD = torch.tensor([[8.0, 1.0], [3.0, 2.0], [4.0, 2.0], [1.0, 1.0]])
+    assert module(x_TD).tolist() == [
+        [24 + 40 + 1000 + 100.5, 32 + 48 + 2000 + 200.25],
+        [18 + 9 - 3000 + 100.5, 24 + 18 - 4000 + 200.25],
+        [24 + 40 + 1000 + 16 - 3000 + 100.5, 32 + 48 + 2000 + 32 - 4000 + 200.25],
+        [3 + 100.5, 4 + 200.25],
+    ]
+    # The last token alone: not one pair.
+    assert module(x_TD[3:]).tolist() == [[103.5, 204.25]]
+    routing = module.routing(x_TD)
+    assert routing is not None
+    assert routing.counts_E().tolist() == [2, 2]
+
+
 def test_a_compensation_replaces_only_what_it_has() -> None:
     plain = converted_tensors(WEIGHTS, LAYOUT, ROUTER)
     assert plain["output_bias"].tolist() == [9.5, 9.25]
@@ -109,11 +135,13 @@ def test_constants_of_skipped_experts_keep_the_mean() -> None:
     layout = random_layout(48, shared=8, experts=5, top_k=2)
     router = random_router("linear", 5, 16)
     x_TD = normal(64, 16)
-    chosen_TK, _ = MoEFeedForward.convert(weights, layout, router).route(x_TD)
+    routing = MoEFeedForward.convert(weights, layout, router).routing(x_TD)
+    assert routing is not None
+    chosen_TE = routing.selected_TE()
     means = []
     for expert, neurons in enumerate(layout.experts_EN):
         part = weights.select(neurons)
-        skipped_T = (chosen_TK != expert).all(dim=1)
+        skipped_T = ~chosen_TE[:, expert]
         means.append((glu_hidden(x_TD[skipped_T], part) @ part.down_FD).mean(0))
     means_ED = torch.stack(means)
     compensation = Compensation(output_bias_D=means_ED.sum(0), expert_bias_ED=-means_ED)
@@ -175,6 +203,64 @@ def test_gradients_reach_the_intercept_and_the_constants(
     torch.testing.assert_close(
         module.router.bias.grad, torch.tensor([slope, -slope]), rtol=1e-4, atol=1e-3
     )
+
+
+def test_both_paths_of_a_threshold_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_FD, up_FD, down_FD = torch.randn(3, 48, 16, generator=generator, dtype=torch.float64)
+    weights = GluWeights(gate_FD, up_FD, down_FD, "silu")
+    layout = random_layout(48, shared=8, experts=5, top_k=2, selection="threshold")
+    router = replace(random_router("linear", 5, 16, scale=0.5), bias_E=torch.full((5,), -2.0))
+    x_TD = torch.randn(64, 16, generator=generator).double()
+    compensation = random_compensation(48, 16, 5)
+    found = []
+    for path in ("masked", "grouped"):
+        monkeypatch.setattr(ops, "choose_path", lambda *_, path=path: path)
+        module = MoEFeedForward.convert(weights, layout, router, compensation).requires_grad_()
+        routing = module.routing(x_TD)
+        assert routing is not None
+        assert set(routing.selected_TE().sum(1).tolist()) >= {0, 1, 2, 3}
+        module(x_TD).square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    for name, masked in found[0].items():
+        assert masked is not None, name
+        assert masked.abs().max() > 0, name
+        torch.testing.assert_close(found[1][name], masked, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def generate(model: Any, ids_WT: Tensor, **options: Any) -> Any:
+    """Greedy continuation by six tokens."""
+    options |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    return model.generate(ids_WT, **options)
+
+
+@pytest.mark.parametrize("path", ["masked", "grouped"])
+def test_a_threshold_model_is_a_model_of_transformers(
+    open_tiny: OpenTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    checkpoint = open_tiny("llama")
+    conversions: list[Conversion] = [
+        (layout, None if router is None else replace(router, bias_E=torch.full((5,), -1.0)))
+        for layout, router in random_conversions(
+            checkpoint, shared=8, experts=5, top_k=2, scale=0.5, selection="threshold"
+        )
+    ]
+    model = load_converted(write_converted(checkpoint, tmp_path / "moe", conversions))
+    assert [entry["selection"] for entry in model.config.weaver["layers"]] == ["threshold"] * 3
+    ids_WT = random_ids(2, 24)
+    with torch.no_grad(), count_usage(model) as usage:
+        expected = masked_model("llama", checkpoint, conversions)(ids_WT).logits
+        monkeypatch.setattr(ops, "choose_path", lambda *_: path)
+        torch.testing.assert_close(model(ids_WT).logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(layer.experts_per_token % 1 > 0 for layer in usage.summary())
+    model.save_pretrained(tmp_path / "again")
+    again = load_converted(tmp_path / "again")
+    assert again.config.weaver == model.config.weaver
+    written = generate(model, ids_WT)
+    assert torch.equal(generate(again, ids_WT), written)
+    assert torch.equal(generate(model, ids_WT, use_cache=False), written)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

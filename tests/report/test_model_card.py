@@ -62,6 +62,13 @@ def test_sparsity_by_hand() -> None:
     assert (NARROW.shared_share, NARROW.active_share) == pytest.approx((0.7, 0.8))
 
 
+def test_the_mean_of_a_threshold_is_said_to_be_one() -> None:
+    facts = replace(FACTS, layers=(WIDE, replace(WIDE, selection="threshold")))
+    cells = re.findall(r"\| +6 x 10 +\| +([^|]+?) +\| +60.0% +\|", model_card(facts))
+    assert cells == ["2", "2 on average"]
+    assert facts.ffn_sparsity == pytest.approx(0.4)
+
+
 def test_facts_appear() -> None:
     card = model_card(FACTS)
     rows = dict(re.findall(r"^\| (\S.*?) +\| +(\S.*?) +\|$", card, flags=re.MULTILINE))

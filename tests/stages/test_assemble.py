@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from tiny_conversions import ffns_of, load_converted, random_compensation
-from tiny_runs import run_config, run_stages
+from tiny_runs import add_to_stage, run_config, run_stages
 
-from weaver.artifacts.manifest import outputs_digest, read_manifest, write_manifest
-from weaver.artifacts.store import file_digest, read_record, write_record
+from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.config import AssembleConfig, ModelConfig
 from weaver.models.checkpoint import Checkpoint
@@ -20,15 +19,6 @@ from weaver.stages.assemble import assemble
 from weaver.stages.finished import layer_path
 from weaver.stages.parents import COMPENSATION_FOLDER, read_compensation
 from weaver.stages.runner import StageContext
-
-
-def _add_to_stage(folder: Path, paths: list[Path]) -> None:
-    """Take files that were written or changed afterwards into a stage's manifest."""
-    manifest = read_manifest(folder, rebuild="weaver build-router")
-    changed = {str(path.relative_to(folder)): file_digest(path) for path in paths}
-    outputs = dict(sorted({**manifest.outputs, **changed}.items()))
-    digest = outputs_digest(outputs)
-    write_manifest(folder, manifest.model_copy(update={"outputs": outputs, "digest": digest}))
 
 
 def test_intercepts_and_compensations_become_part_of_the_model(
@@ -52,7 +42,7 @@ def test_intercepts_and_compensations_become_part_of_the_model(
         if compensation is not None:
             written.append(layer_path(routers / COMPENSATION_FOLDER, layer))
             write_record(written[-1], compensation)
-    _add_to_stage(routers, written)
+    add_to_stage(routers, written)
     found = [read_compensation(routers, layer) for layer in range(4)]
     assert [None if each is None else set(each.tensors()) for each in found] == [
         None,

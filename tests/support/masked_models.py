@@ -41,12 +41,15 @@ class MaskedFfn(nn.Module):
         if self.router.up_weight_ED is not None:
             act = ACTIVATIONS[self.weights.activation]
             score_E = ((self.router.up_weight_ED @ x_D) * act(score_E)).abs()
+        if self.router.bias_E is not None:
+            score_E = score_E + self.router.bias_E
         probability_E = score_E.softmax(0)
         order = (probability_E + self.router.balance_bias_E).argsort(descending=True)
-        return [
-            (int(e), float(1 + probability_E[e] * self.router.scale_E[e]))
-            for e in order[: self.layout.top_k]
-        ]
+        chosen = order[: self.layout.top_k].tolist()
+        if self.layout.selection == "threshold":
+            pairs = zip(score_E, self.router.balance_bias_E, strict=True)
+            chosen = [e for e, (score, bias) in enumerate(pairs) if score > -bias]
+        return [(e, float(1 + probability_E[e] * self.router.scale_E[e])) for e in chosen]
 
 
 def masked_model(

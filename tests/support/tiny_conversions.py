@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind
+from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind, Selection
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import converted_config, register
@@ -29,6 +29,7 @@ def random_layout(
     width: int | None = None,
     seed: int = 0,
     output_bias_D: Tensor | None = None,
+    selection: Selection = "top-k",
 ) -> ExpertLayout:
     """A layout of randomly chosen neurons; by default every neuron that is not shared is routed."""
     order = torch.randperm(intermediate_size, generator=torch.Generator().manual_seed(seed))
@@ -41,6 +42,7 @@ def random_layout(
         shared_S=order[:shared],
         experts_EN=routed.reshape(experts, width),
         output_bias_D=output_bias_D,
+        selection=selection,
     )
 
 
@@ -71,6 +73,7 @@ def random_conversions(
     kind: RouterKind = "linear",
     scale: float = 0.0,
     width: int | None = None,
+    selection: Selection = "top-k",
 ) -> list[Conversion]:
     """A different layout and router for every layer."""
     conversions: list[Conversion] = []
@@ -82,6 +85,7 @@ def random_conversions(
             top_k=top_k,
             width=width,
             seed=layer,
+            selection=selection,
         )
         router = random_router(kind, experts, checkpoint.hidden_size, seed=layer, scale=scale)
         conversions.append((layout, router if experts else None))

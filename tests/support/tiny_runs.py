@@ -17,7 +17,14 @@ from typing import Any
 import torch
 import yaml
 
-from weaver.artifacts.manifest import MANIFEST, StageManifest
+from weaver.artifacts.manifest import (
+    MANIFEST,
+    StageManifest,
+    outputs_digest,
+    read_manifest,
+    write_manifest,
+)
+from weaver.artifacts.store import file_digest
 from weaver.cli.app import main
 from weaver.config import RunConfig, parse_config
 from weaver.stages.finished import STAGE_FOLDERS
@@ -75,6 +82,15 @@ def stage_digests(run_dir: Path) -> dict[str, str]:
         for name in STAGE_FOLDERS.values()
         if name != "bench" and (run_dir / name / MANIFEST).exists()
     }
+
+
+def add_to_stage(folder: Path, paths: list[Path]) -> None:
+    """Take files that were written or changed afterwards into a stage's manifest."""
+    manifest = read_manifest(folder, rebuild="weaver run")
+    changed = {str(path.relative_to(folder)): file_digest(path) for path in paths}
+    outputs = dict(sorted({**manifest.outputs, **changed}.items()))
+    digest = outputs_digest(outputs)
+    write_manifest(folder, manifest.model_copy(update={"outputs": outputs, "digest": digest}))
 
 
 def file_times(folder: Path) -> dict[str, int]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weaver.kernels.reference import Routing
+
 HIDDEN, EXPERTS, WIDTH, TOP_K, VOCABULARY = 16, 4, 4, 2, 40
 
 ModelFactory = Callable[..., LlamaForCausalLM]
@@ -42,19 +44,19 @@ class FeedForwardDouble(nn.Module):
         self.router = None if static else RouterDouble()
         self.num_routed_experts = 0 if static else EXPERTS
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def routing(self, x_TD: Tensor) -> Routing:
         assert self.router is not None
         score_TE = functional.linear(x_TD, self.router.weight).softmax(-1)
         ids_TK = (score_TE + self.router.balance_bias).topk(TOP_K).indices
-        return ids_TK, 1 + (score_TE * self.router.scale).gather(-1, ids_TK)
+        weights_TK = 1 + (score_TE * self.router.scale).gather(-1, ids_TK)
+        return Routing.of_top_k(ids_TK, weights_TK, EXPERTS)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, HIDDEN)
         h_TF = functional.silu(x_TD @ self.gate_weight.T) * (x_TD @ self.up_weight.T)
         if self.router is not None:
-            ids_TK, weights_TK = self.route(x_TD)
-            mask_TE = torch.zeros(len(x_TD), EXPERTS).scatter(-1, ids_TK, weights_TK)
-            h_TF = h_TF * mask_TE.repeat_interleave(WIDTH, dim=-1)
+            factors_TE = self.routing(x_TD).factors_TE()
+            h_TF = h_TF * factors_TE.repeat_interleave(WIDTH, dim=-1)
         return (h_TF @ self.down_weight).view_as(hidden_states)
 
 

@@ -52,16 +52,21 @@ class LayerUsage(Record):
         layer: index of the decoder layer.
         module: name of the module.
         tokens: T.
-        token_share: ``c_e / T`` per expert; they sum to K.
+        token_share: ``c_e / T`` per expert; they sum to ``experts_per_token``.
+        experts_per_token: ``sum(c) / T``, the mean number of selected experts: K for top-k, for a
+            threshold what the router really selected on this text.
         coefficient_of_variation: population std of ``c_e`` over its mean; 0 when balanced.
         dead_share: share of experts with ``c_e = 0``.
         entropy: ``-sum p_e ln p_e`` in nats; ``ln E`` when balanced.
+
+    A layer that selected nothing at all has a coefficient of variation and an entropy of 0.
     """
 
     layer: int = Field(ge=0)
     module: str
     tokens: int = Field(gt=0)
     token_share: tuple[Share, ...] = Field(min_length=1)
+    experts_per_token: float = Field(ge=0.0)
     coefficient_of_variation: float = Field(ge=0.0)
     dead_share: Share
     entropy: float = Field(ge=0.0)
@@ -99,7 +104,8 @@ class ModelQuality(Record):
 
     Args:
         perplexity: ``exp`` of the mean negative log-likelihood over all windows.
-        ffn_flops_per_token: FFN FLOPs per token, router included, 2 per multiply-add.
+        ffn_flops_per_token: FFN FLOPs per token, router included, 2 per multiply-add; where experts
+            are selected by a threshold, at the mean number of experts that the router is set to.
         tasks: scores by task name.
     """
 
@@ -115,9 +121,10 @@ class RouterScores(Record):
     that a layer does not have, a correlation where the method ranks no neurons.
 
     Args:
-        oracle_agreement: mean share of a token's K experts that are among the K whose omission
-            would cost most.
-        chance_agreement: the same for a random choice, K / E.
+        oracle_agreement: share of the chosen pairs of token and expert that are among those whose
+            omission would cost most: per token for top-k, for a threshold over all tokens at once.
+        chance_agreement: the same for a random choice: chosen pairs over all pairs, K / E for
+            top-k.
         captured_contribution: squared output norms of the chosen experts over those of that oracle;
             above 1 by rounding only.
         expert_jaccard: mean Jaccard index of the best-matched experts of two splits, each made from
@@ -167,11 +174,15 @@ class EvalResult(Record):
     Args:
         dense: scores of the dense model.
         moe: scores of the converted model.
+        measured_ffn_flops_per_token: FFN FLOPs per token of the converted model at the mean numbers
+            of experts in ``expert_usage``, to the nearest whole number: what this text really cost.
+            That of ``moe`` where no layer selects by a threshold.
         kl: mean KL(dense || converted) in nats per token.
         top1_agreement: share of positions where both models put the same token first.
         tokens: positions that predicted a token, W * (T - 1).
         sequence_length: T, tokens per window.
-        ffn_sparsity: 1 - active FFN neurons / dense FFN neurons, over all layers.
+        ffn_sparsity: 1 - active FFN neurons / dense FFN neurons, over all layers; for a threshold
+            at the mean that the router is set to, like ``active_parameters``.
         dense_parameters: parameters of the dense model.
         total_parameters: parameters of the converted model.
         active_parameters: parameters of the converted model that one token uses.
@@ -185,6 +196,7 @@ class EvalResult(Record):
 
     dense: ModelQuality
     moe: ModelQuality
+    measured_ffn_flops_per_token: int = Field(ge=0)
     kl: float = Field(ge=-1e-6)
     top1_agreement: Share
     tokens: int = Field(gt=0)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 RouterKind = Literal["linear", "glu"]
 ROUTER_KINDS: tuple[RouterKind, ...] = ("linear", "glu")
+Selection = Literal["top-k", "threshold"]
+SELECTIONS: tuple[Selection, ...] = ("top-k", "threshold")
 
 
 class TensorRecord:
@@ -87,13 +89,17 @@ class ExpertLayout(TensorRecord):
 
     Args:
         intermediate_size: F of the dense FFN the ids refer to.
-        top_k: K, routed experts active per token; 0 for a static layout.
+        top_k: K, routed experts active per token; 0 for a static layout. For "threshold" the mean
+            number of routed experts per token that the router is set to.
         shared_S: neuron ids of the shared expert, int64, (S,).
         experts_EN: neuron ids per routed expert, int64, (E, N); (0, 0) for a static layout.
         output_bias_D: constant added to the output, for what was dropped; or None.
+        selection: how a token's experts are chosen, see ``Router``: "top-k", or "threshold", where
+            their number differs from token to token. A static layout has "top-k".
 
     Raises:
-        ValueError: an id is out of range or used twice, K lies outside 1..E, or nothing is left.
+        ValueError: an id is out of range or used twice, K lies outside 1..E, nothing is left, or
+            there is no such selection or nothing to select.
     """
 
     intermediate_size: int
@@ -101,8 +107,11 @@ class ExpertLayout(TensorRecord):
     shared_S: Tensor
     experts_EN: Tensor
     output_bias_D: Tensor | None = None
+    selection: Selection = "top-k"
 
     def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection {self.selection!r} is not one of {SELECTIONS}")
         if self.shared_S.dim() != 1 or self.experts_EN.dim() != 2:
             raise ValueError("shared_S is a vector, experts_EN a matrix")
         neurons = self.permutation
@@ -115,6 +124,8 @@ class ExpertLayout(TensorRecord):
         low = 1 if self.num_routed_experts else 0
         if not low <= self.top_k <= self.num_routed_experts:
             raise ValueError(f"top_k={self.top_k} outside {low}..{self.num_routed_experts}")
+        if self.selection != "top-k" and not self.num_routed_experts:
+            raise ValueError(f"selection {self.selection!r} of a layout without routed experts")
 
     @property
     def num_shared_neurons(self) -> int:
@@ -130,7 +141,7 @@ class ExpertLayout(TensorRecord):
 
     @property
     def active_neurons(self) -> int:
-        """S + K * N, the neurons computed per token."""
+        """S + K * N, the neurons computed per token; for "threshold" with K the intended mean."""
         return self.num_shared_neurons + self.top_k * self.expert_width
 
     @property
@@ -149,9 +160,12 @@ class Router(TensorRecord):
     """The map from a token to its routed experts.
 
     ``linear``: ``s = x weight^T + bias``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``,
-    one representative neuron per expert (CMoE). Selection: top-K of ``softmax(s) +
-    balance_bias``; an expert's output is multiplied by ``1 + softmax(s) * scale``, which is
-    exactly 1 until fine-tuning moves ``scale``.
+    one representative neuron per expert (CMoE).
+
+    The layout names the selection. ``top-k``: the K largest of ``softmax(s) + balance_bias``.
+    ``threshold``, only for ``linear``: every expert with ``s + balance_bias > 0``, which may be
+    none or all of them; the threshold itself is part of the intercept. An expert's output is
+    multiplied by ``1 + softmax(s) * scale``, which is exactly 1 until fine-tuning moves ``scale``.
 
     Args:
         kind: "linear" or "glu".
@@ -192,7 +206,7 @@ class Router(TensorRecord):
 class Compensation(TensorRecord):
     """What the output of one converted layer gets in return for the experts that it skips.
 
-    ``y = h_shared Wd_shared + sum_{e in top-K} w_e (h_e Wd_e + b_e) + output_bias``
+    ``y = h_shared Wd_shared + sum_{e selected} w_e (h_e Wd_e + b_e) + output_bias``
 
     with ``Wd`` the rows of ``down_FD`` and ``b_e`` those of ``expert_bias_ED``. Skip compensation
     supplies the mean output ``c_e = E[h_e Wd_e | e skipped]`` wherever expert e is skipped. That is

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.artifacts.types import ExpertLayout, Router
-from weaver.kernels.reference import route
+from weaver.kernels.reference import Routing, route
 from weaver.models.moe import MoEFeedForward
 
 
@@ -20,10 +20,13 @@ from weaver.models.moe import MoEFeedForward
 class RouterFidelity:
     """Agreement of a router with the selection that knows the experts' outputs.
 
+    All are 0 for a router that chose nothing.
+
     Args:
-        oracle_agreement: mean share of a token's K experts that the oracle picks too.
-        chance_agreement: the same for a random choice, K / E.
-        captured_contribution: squared output norms of the chosen experts over the oracle's.
+        oracle_agreement: share of the chosen pairs of token and expert that the oracle picks too.
+        chance_agreement: the same for a random choice: the share of all pairs that were chosen,
+            K / E for top-k.
+        captured_contribution: squared output norms of the chosen pairs over the oracle's.
         load_cv: standard deviation over mean of the experts' token shares.
     """
 
@@ -43,9 +46,12 @@ def router_fidelity(
 ) -> RouterFidelity:
     """Compare a router with the oracle on some FFN inputs.
 
-    The oracle takes the K experts whose omission costs most, ``||h_e Wd_e + b_e||^2`` with b_e the
-    expert's output bias (0 if there is none). Every expert is taken for itself: that the outputs of
-    two may point the same way, and the factor that a trained router puts on them, do not count.
+    The oracle takes the experts whose omission costs most, ``||h_e Wd_e + b_e||^2`` with b_e the
+    expert's output bias (0 if there is none). It spends what the router spends. For "top-k" these
+    are the K experts of every token; for "threshold" the ``T * K`` pairs of token and expert that
+    cost most among all pairs of these tokens, with K the mean number that the router chose on them.
+    Every expert is taken for itself: that the outputs of two may point the same way, and the factor
+    that a trained router puts on them, do not count.
 
     Args:
         x_TD: FFN inputs, (T, D), float32.
@@ -55,19 +61,27 @@ def router_fidelity(
         expert_bias_ED: constant that an expert adds where it is chosen, (E, D), or None.
     """
     contribution_TE = expert_contributions(x_TD, weights, layout, expert_bias_ED)
-    top_k, experts = layout.top_k, layout.num_routed_experts
-    oracle_TK = contribution_TE.topk(top_k, dim=1).indices
-    chosen_TK = route(x_TD, router, weights.activation, top_k).ids_TK
-    oracle_TE = torch.zeros_like(contribution_TE).scatter(1, oracle_TK, 1.0)
-    chosen_TE = torch.zeros_like(contribution_TE).scatter(1, chosen_TK, 1.0)
-    load_E = chosen_TE.mean(0)
-    best = (contribution_TE * oracle_TE).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
+    oracle_TE = _oracle(contribution_TE, routing, layout)
+    chosen_TE = routing.selected_TE()
+    load_E = routing.counts_E().double()
+    tiny = torch.finfo(torch.float32).tiny
+    best = (contribution_TE * oracle_TE).sum().clamp_min(tiny)
     return RouterFidelity(
-        oracle_agreement=float((oracle_TE * chosen_TE).sum() / (top_k * x_TD.shape[0])),
-        chance_agreement=top_k / experts,
+        oracle_agreement=float((oracle_TE & chosen_TE).sum()) / max(routing.num_pairs, 1),
+        chance_agreement=routing.num_pairs / contribution_TE.numel(),
         captured_contribution=float((contribution_TE * chosen_TE).sum() / best),
-        load_cv=float(load_E.std(correction=0) / load_E.mean()),
+        load_cv=float(load_E.std(correction=0) / load_E.mean().clamp_min(tiny)),
     )
+
+
+def _oracle(contribution_TE: Tensor, routing: Routing, layout: ExpertLayout) -> Tensor:
+    """The pairs of token and expert that contribute most, as many as the router chose, (T, E)."""
+    none_TE = torch.zeros_like(contribution_TE, dtype=torch.bool)
+    if layout.selection == "top-k":
+        return none_TE.scatter(1, contribution_TE.topk(layout.top_k, dim=1).indices, value=True)
+    pairs_P = contribution_TE.flatten().topk(routing.num_pairs).indices
+    return none_TE.flatten().scatter(0, pairs_P, value=True).view_as(none_TE)
 
 
 def expert_contributions(
@@ -119,6 +133,7 @@ def _stored_layout(ffn: MoEFeedForward) -> ExpertLayout:
         top_k=ffn.top_k,
         shared_S=rows[: shape.num_shared_neurons],
         experts_EN=rows[shape.num_shared_neurons :].view(ffn.num_routed_experts, -1),
+        selection=shape.selection,
     )
 
 

@@ -98,7 +98,7 @@ def measure_layer(
     """Time one FFN module against its converted one on standard normal inputs.
 
     The inputs are not those of a model: a linear router spreads them nearly evenly over the
-    experts.
+    experts, and a threshold selects another number of experts than on text.
 
     Args:
         dense: maps (1, T, D) to (1, T, D).

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from weaver.artifacts.results import LayerUsage
 from weaver.evaluation.logits import final_hidden
+from weaver.kernels.reference import Routing
 
 
 @runtime_checkable
@@ -26,8 +27,8 @@ class RoutedLayer(Protocol):
     def num_routed_experts(self) -> int:
         """E; 0 for a static layer."""
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids (T, K), int64, and their weights (T, K)."""
+    def routing(self, x_TD: Tensor) -> Routing | None:
+        """The experts of every token; None for a static layer."""
 
 
 @dataclass
@@ -39,11 +40,10 @@ class _Counter:
     tokens: int = 0
 
     def add(self, layer: RoutedLayer, hidden: Tensor) -> None:
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        ids_TK, _ = layer.route(x_TD)
-        experts = self.counts_E.numel()
-        self.counts_E += torch.bincount(ids_TK.reshape(-1).cpu(), minlength=experts)
-        self.tokens += x_TD.shape[0]
+        routing = layer.routing(hidden.reshape(-1, hidden.shape[-1]))
+        assert routing is not None
+        self.counts_E += routing.counts_E().cpu()
+        self.tokens += routing.num_tokens
 
 
 class UsageCounts:
@@ -81,15 +81,16 @@ def layer_usage(counts_E: Tensor, tokens: int, module: str) -> LayerUsage:
         module: name of the module; its first number is the layer.
     """
     counts = counts_E.double()
-    mean = counts.mean().item()
-    shares = (counts / counts.sum()).tolist()
+    total = counts.sum().item()
+    shares = (counts / max(total, 1.0)).tolist()
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
     return LayerUsage(
         layer=int(number.group(1)) if number else 0,
         module=module,
         tokens=tokens,
         token_share=tuple((counts / tokens).tolist()),
-        coefficient_of_variation=counts.std(correction=0).item() / mean,
+        experts_per_token=total / tokens,
+        coefficient_of_variation=counts.std(correction=0).item() * len(shares) / max(total, 1.0),
         dead_share=(counts == 0).double().mean().item(),
         entropy=-sum(p * math.log(p) for p in shares if p > 0) + 0.0,
     )
@@ -106,7 +107,7 @@ def _routed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, RoutedLay
 def count_usage(model: nn.Module) -> Iterator[UsageCounts]:
     """Count the experts a model selects while the block runs it.
 
-    Every module with ``route`` and ``num_routed_experts > 0`` is watched by a forward pre-hook
+    Every module with ``routing`` and ``num_routed_experts > 0`` is watched by a forward pre-hook
     that routes the module's input once more; static layers are left out. The hooks go when the
     block ends.
 

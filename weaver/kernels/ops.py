@@ -21,29 +21,27 @@ SECONDS_PER_VALUE = 2.5e-9
 SECONDS_PER_EXPERT = 6e-5
 
 
-def predicted_gain(tokens: int, weights: GluWeights, routing: Routing, num_shared: int) -> float:
+def predicted_gain(weights: GluWeights, routing: Routing, num_shared: int) -> float:
     """Seconds that the grouped path is predicted to save against the masked one.
 
-    ``3 T D (E - K) N / rate - T K D v - min(E, T K) o``: the multiply-adds of the skipped experts,
-    less gathering and adding K rows per token, less the overhead of every expert that is used.
+    ``3 D (T E - P) N / rate - P D v - min(E, P) o`` with P pairs of token and selected expert, T K
+    of them for top-k: the multiply-adds of the skipped pairs, less gathering and adding a row per
+    pair, less the overhead of every expert that is used.
 
-    A function of shapes and dtype alone, so that the same model gives the same bits every time.
+    A function of shapes and dtype alone, P among them. P is what the router selected, not a
+    measurement, so the same model gives the same bits for the same input every time.
     """
-    experts, top_k = routing.num_experts, routing.ids_TK.shape[1]
+    experts, pairs = routing.num_experts, routing.num_pairs
     width = (weights.intermediate_size - num_shared) // experts
-    values = tokens * weights.hidden_size
+    hidden = weights.hidden_size
     rate = MACS_PER_SECOND.get(weights.gate_FD.dtype, MACS_PER_SECOND[torch.float32])
-    saved = 3 * values * (experts - top_k) * width / rate
-    return (
-        saved
-        - values * top_k * SECONDS_PER_VALUE
-        - min(experts, tokens * top_k) * SECONDS_PER_EXPERT
-    )
+    saved = 3 * hidden * (routing.num_tokens * experts - pairs) * width / rate
+    return saved - pairs * hidden * SECONDS_PER_VALUE - min(experts, pairs) * SECONDS_PER_EXPERT
 
 
-def choose_path(tokens: int, weights: GluWeights, routing: Routing | None, num_shared: int) -> Path:
+def choose_path(weights: GluWeights, routing: Routing | None, num_shared: int) -> Path:
     """``grouped`` when that is predicted to be faster than ``masked``."""
-    if routing is None or predicted_gain(tokens, weights, routing, num_shared) <= 0:
+    if routing is None or predicted_gain(weights, routing, num_shared) <= 0:
         return "masked"
     return "grouped"
 
@@ -56,7 +54,7 @@ def moe_forward(
     expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
     """The MoE FFN by the path that ``choose_path`` names; see ``masked_forward``."""
-    if choose_path(x_TD.shape[0], weights, routing, num_shared) == "grouped":
+    if choose_path(weights, routing, num_shared) == "grouped":
         assert routing is not None
         return grouped_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
     return masked_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
@@ -71,32 +69,28 @@ def grouped_forward(
 ) -> Tensor:
     """The same as ``masked_forward``, computing only the chosen experts.
 
-    Tokens are sorted by expert once; each expert is a GEMM on row slices of the stored weights.
+    Pairs are sorted by expert once; each expert is a GEMM on row slices of the stored weights.
     Accumulation over experts is in float32 when the inputs are 16-bit, else in their own dtype.
     """
-    tokens, top_k = routing.ids_TK.shape
     width = (weights.intermediate_size - num_shared) // routing.num_experts
     accumulator = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared)).to(accumulator)
     if expert_bias_ED is not None:
         # Skipped experts have factor 0: one product over all of them needs no gathering.
         y_TD.addmm_(routing.factors_TE().to(accumulator), expert_bias_ED.to(accumulator))
-    flat_ids = routing.ids_TK.reshape(-1)
-    order = flat_ids.argsort(stable=True)
-    counts = torch.bincount(flat_ids, minlength=routing.num_experts).tolist()
-    factors = routing.weights_TK.reshape(-1)[order]
-    rows = order // top_k
+    order_P = routing.experts_P.argsort(stable=True)
+    rows_P, factors_P = routing.tokens_P[order_P], routing.weights_P[order_P]
     start = 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(routing.counts_E().tolist()):
         if count == 0:
             continue
-        picked = rows[start : start + count]
+        picked = rows_P[start : start + count]
         begin = num_shared + expert * width
         expert_weights = slice_neurons(weights, begin, begin + width, output_bias=False)
         out = glu_forward(x_TD[picked], expert_weights).to(accumulator)
-        y_TD.index_add_(0, picked, out * factors[start : start + count, None])
+        y_TD.index_add_(0, picked, out * factors_P[start : start + count, None])
         start += count
-    assert start == tokens * top_k
+    assert start == routing.num_pairs
     return y_TD.to(x_TD.dtype)
 
 

@@ -7,37 +7,74 @@ expert; the shared expert and every routed expert are then row slices of three m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_hidden
-from weaver.artifacts.types import Router
+from weaver.artifacts.types import Router, Selection
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts a token uses, and how much.
+    """Which experts each token uses, and how much: the P selected pairs of token and expert.
+
+    A token may have any number of pairs, none included; no pair stands twice. Pairs are ordered by
+    token; those of one token by falling score for top-k, by expert for a threshold.
 
     Args:
-        ids_TK: expert ids, int64, (T, K).
-        weights_TK: factors of the experts' outputs, float32, (T, K).
+        tokens_P: token of each pair, int64, ascending, (P,).
+        experts_P: expert of each pair, int64, (P,).
+        weights_P: factor of the expert's output for that token, float32, (P,).
+        num_tokens: T.
         num_experts: E.
     """
 
-    ids_TK: Tensor
-    weights_TK: Tensor
+    tokens_P: Tensor
+    experts_P: Tensor
+    weights_P: Tensor
+    num_tokens: int
     num_experts: int
+
+    @classmethod
+    def of_top_k(cls, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Self:
+        """K experts for every token.
+
+        Args:
+            ids_TK: expert ids, int64, (T, K).
+            weights_TK: factors of their outputs, float32, (T, K).
+            num_experts: E.
+        """
+        tokens, top_k = ids_TK.shape
+        tokens_P = torch.arange(tokens, device=ids_TK.device).repeat_interleave(top_k)
+        return cls(tokens_P, ids_TK.reshape(-1), weights_TK.reshape(-1), tokens, num_experts)
+
+    @property
+    def num_pairs(self) -> int:
+        """P, T * K for top-k."""
+        return self.experts_P.shape[0]
 
     def factors_TE(self) -> Tensor:
         """The factor of every expert for every token, 0 where it is skipped, (T, E)."""
-        zeros_TE = self.weights_TK.new_zeros(self.ids_TK.shape[0], self.num_experts)
-        return zeros_TE.scatter(1, self.ids_TK, self.weights_TK)
+        zeros_TE = self.weights_P.new_zeros(self.num_tokens, self.num_experts)
+        return zeros_TE.index_put((self.tokens_P, self.experts_P), self.weights_P)
+
+    def selected_TE(self) -> Tensor:
+        """Whether a token uses an expert, bool, (T, E)."""
+        nowhere_TE = self.experts_P.new_zeros(self.num_tokens, self.num_experts, dtype=torch.bool)
+        return nowhere_TE.index_put(
+            (self.tokens_P, self.experts_P), torch.ones_like(self.experts_P, dtype=torch.bool)
+        )
+
+    def counts_E(self) -> Tensor:
+        """Tokens that use each expert, int64, (E,)."""
+        return torch.bincount(self.experts_P, minlength=self.num_experts)
 
 
-def router_probabilities(x_TD: Tensor, router: Router, activation: str) -> Tensor:
-    """Router probabilities ``softmax(s)`` in float32, (T, E).
+def router_logits(x_TD: Tensor, router: Router, activation: str) -> Tensor:
+    """Router logits ``s`` in float32, (T, E).
 
     ``linear``: ``s = x weight^T + bias``. ``glu``: ``s = |(x up_weight^T) * act(x weight^T)|``.
 
@@ -50,25 +87,41 @@ def router_probabilities(x_TD: Tensor, router: Router, activation: str) -> Tenso
     if router.up_weight_ED is not None:
         up_TE = functional.linear(x_TD, router.up_weight_ED.float())
         scores_TE = (up_TE * ACTIVATIONS[activation](scores_TE)).abs()
-    return scores_TE.softmax(dim=-1)
+    return scores_TE
 
 
-def route(x_TD: Tensor, router: Router, activation: str, top_k: int) -> Routing:
-    """The K experts of every token and the factors of their outputs.
+def route(
+    x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
+) -> Routing:
+    """The experts of every token and the factors of their outputs.
 
-    Selection: top-K of ``softmax(s) + balance_bias``. Factor: ``1 + softmax(s) * scale``.
+    Selection: the K largest of ``softmax(s) + balance_bias`` ("top-k"), or all with
+    ``s + balance_bias > 0`` ("threshold"). Factor: ``1 + softmax(s) * scale``.
 
     Args:
         x_TD: FFN inputs, (T, D).
         router: the layer's router.
         activation: activation of the GLU, for the glu router.
-        top_k: K.
+        top_k: K; not used by a threshold.
+        selection: how experts are selected.
+
+    Raises:
+        ValueError: a threshold on a glu router: its scores are not negative, and it has no
+            intercept that could hold the threshold.
     """
-    probabilities_TE = router_probabilities(x_TD, router, activation)
-    ids_TK = (probabilities_TE + router.balance_bias_E.float()).topk(top_k, dim=-1).indices
-    chosen_TK = probabilities_TE.gather(1, ids_TK)
-    weights_TK = 1.0 + chosen_TK * router.scale_E.float()[ids_TK]
-    return Routing(ids_TK, weights_TK, router.weight_ED.shape[0])
+    if selection == "threshold" and router.kind != "linear":
+        raise ValueError(f"a {router.kind} router selects by top-k, only a linear one by threshold")
+    experts = router.weight_ED.shape[0]
+    scores_TE = router_logits(x_TD, router, activation)
+    probabilities_TE = scores_TE.softmax(dim=-1)
+    weights_TE = 1.0 + probabilities_TE * router.scale_E.float()
+    balance_bias_E = router.balance_bias_E.float()
+    if selection == "top-k":
+        ids_TK = (probabilities_TE + balance_bias_E).topk(top_k, dim=-1).indices
+        return Routing.of_top_k(ids_TK, weights_TE.gather(1, ids_TK), experts)
+    tokens_P, experts_P = (scores_TE + balance_bias_E > 0).nonzero(as_tuple=True)
+    weights_P = weights_TE[tokens_P, experts_P]
+    return Routing(tokens_P, experts_P, weights_P, x_TD.shape[0], experts)
 
 
 def masked_forward(
@@ -78,7 +131,7 @@ def masked_forward(
     num_shared: int,
     expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
-    """``y = h_shared Wd_shared + sum_{e in top-K} w_e (h_e Wd_e + b_e) + output_bias``, (T, D).
+    """``y = h_shared Wd_shared + sum_{e selected} w_e (h_e Wd_e + b_e) + output_bias``, (T, D).
 
     ``h_e`` are the neurons of expert e, ``Wd_e`` their rows of the down projection, ``b_e`` the
     expert's constant. Computes every neuron and multiplies it by its factor: the definition, at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -75,6 +75,10 @@ class MethodSpec(Generic[OptionsT]):
         num_experts: default Ne; None for a static method, which has no routed experts.
         router: default router; None for a static method.
         sequential: whether the paper carves a layer on the output of the converted ones before it.
+        refit: whether the down projection is re-solved by default.
+        constants: whether the mean output of what is skipped is supplied by default, beyond what
+            the method's layout itself supplies.
+        allocation: how active neurons are divided among the layers by default.
     """
 
     name: str
@@ -86,6 +90,9 @@ class MethodSpec(Generic[OptionsT]):
     num_experts: int | None
     router: str | None
     sequential: bool
+    refit: bool = False
+    constants: bool = False
+    allocation: Literal["uniform", "adaptive", "fisher"] = "uniform"
 
     @property
     def is_static(self) -> bool:

@@ -86,3 +86,13 @@ def static_layout(
         experts_EN=torch.empty(0, 0, dtype=torch.int64),
         output_bias_D=output_bias_D,
     )
+
+
+def dense_layout(neurons: int) -> ExpertLayout:
+    """The layout of a layer that keeps all of its neurons for every token."""
+    return ExpertLayout(
+        intermediate_size=neurons,
+        top_k=0,
+        shared_S=torch.arange(neurons),
+        experts_EN=torch.empty(0, 0, dtype=torch.int64),
+    )

@@ -7,13 +7,27 @@ from typing import Any
 from pydantic import ValidationError
 
 from weaver.errors import WeaverError
-from weaver.methods import cmoe, expertweaver, flap, random_split, wanda_sp, weight_kmeans
+from weaver.methods import cmoe, expertweaver, flap, random_split, wanda_sp, weave, weight_kmeans
 from weaver.methods.base import MethodOptions, MethodSpec
 from weaver.methods.routers import ROUTERS, RouterSpec
 
 METHODS: dict[str, MethodSpec[Any]] = {
     spec.name: spec
     for spec in (
+        MethodSpec(
+            name="weave",
+            summary="co-activation clusters that the router can tell, closed-form compensation",
+            source="weaver",
+            partition=weave.partition,
+            shared_scores=weave.shared_scores,
+            options=weave.WeaveOptions,
+            num_experts=16,
+            router="ridge",
+            sequential=True,
+            refit=True,
+            constants=True,
+            allocation="fisher",
+        ),
         MethodSpec(
             name="expertweaver",
             summary="balanced k-means on gate profiles, layer-adaptive shared expert",
@@ -94,7 +108,7 @@ def get_method(name: str) -> MethodSpec[Any]:
         raise WeaverError(
             f"unknown method {name!r}",
             why=f"the methods are {', '.join(METHODS)}",
-            fix="--method expertweaver",
+            fix="--method weave",
         )
     return METHODS[name]
 
@@ -109,7 +123,7 @@ def get_router(name: str) -> RouterSpec:
         raise WeaverError(
             f"unknown router {name!r}",
             why=f"the routers are {', '.join(ROUTERS)}",
-            fix="--router mean-gate",
+            fix="--router ridge",
         )
     return ROUTERS[name]
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weaver.algorithms.glu import GluWeights
+from weaver.algorithms.contributions import expert_contributions
+from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.markers import l1_distances, marker_columns, mean_columns
 from weaver.algorithms.statistics import normalised
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKind
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKind, Selection
 from weaver.methods.base import RouterFunction
+from weaver.methods.selection import fit_scores, selection_threshold
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class RouterSpec:
         summary: one line for help and README.
         source: arXiv id or where the router comes from.
         build: the pure function.
+        selections: the ways of selecting experts that its scores serve.
     """
 
     name: str
@@ -31,6 +34,7 @@ class RouterSpec:
     summary: str
     source: str
     build: RouterFunction
+    selections: tuple[Selection, ...] = ("top-k",)
 
 
 def mean_gate_router(
@@ -105,6 +109,37 @@ def random_router(
     return _untrained("linear", torch.randn(shape, generator=generator) * weights.hidden_size**-0.5)
 
 
+def ridge_router(
+    weights: GluWeights, profile: LayerProfile, layout: ExpertLayout, generator: torch.Generator
+) -> Router:
+    """Route by each expert's predicted contribution to the output.
+
+    ``s_e ~ ||(h_e - E[h_e]) Wd_e||^(1/2)``, linear in x with an intercept (``fit_scores``). For a
+    layout with ``threshold`` selection the intercept is lowered by the score that K experts per
+    token exceed on average, so that exactly the positive scores are selected.
+
+    Args:
+        weights: the dense FFN.
+        profile: its ``ffn_inputs_ND`` are the tokens of the regression.
+        layout: which neurons each expert holds, and how experts are selected.
+        generator: not used.
+    Returns:
+        A linear router with an intercept.
+    Raises:
+        ValueError: the layout has no routed experts.
+    Source: weaver's own.
+    """
+    del generator
+    _require_experts(layout)
+    x_TD = profile.ffn_inputs_ND.float()
+    hidden_TF = glu_hidden(x_TD, weights) - profile.hidden_mean_F
+    contribution_TE = expert_contributions(hidden_TF, weights.down_FD, layout.experts_EN)
+    weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
+    if layout.selection == "threshold":
+        bias_E = bias_E - selection_threshold(x_TD @ weight_ED.T + bias_E, layout.top_k)
+    return _untrained("linear", weight_ED, bias_E=bias_E)
+
+
 def representative_neurons(profile: LayerProfile, layout: ExpertLayout) -> Tensor:
     """Per expert the member nearest (L1) to the mean marker column of the expert, int64, (E,)."""
     _require_experts(layout)
@@ -122,7 +157,12 @@ def _require_experts(layout: ExpertLayout) -> None:
         raise ValueError("a static layout has no routed experts to route to")
 
 
-def _untrained(kind: RouterKind, weight_ED: Tensor, up_weight_ED: Tensor | None = None) -> Router:
+def _untrained(
+    kind: RouterKind,
+    weight_ED: Tensor,
+    up_weight_ED: Tensor | None = None,
+    bias_E: Tensor | None = None,
+) -> Router:
     """A router with output scale and balance bias zero, as before any training."""
     zeros_E = torch.zeros(weight_ED.shape[0])
     return Router(
@@ -131,6 +171,7 @@ def _untrained(kind: RouterKind, weight_ED: Tensor, up_weight_ED: Tensor | None 
         scale_E=zeros_E,
         balance_bias_E=zeros_E.clone(),
         up_weight_ED=up_weight_ED,
+        bias_E=bias_E,
     )
 
 
@@ -150,6 +191,14 @@ ROUTERS: dict[str, RouterSpec] = {
             summary="activation of one representative neuron per expert",
             source="CMoE, arXiv:2502.04416",
             build=representative_router,
+        ),
+        RouterSpec(
+            name="ridge",
+            kind="linear",
+            summary="predicted contribution of each expert, by ridge regression",
+            source="weaver",
+            build=ridge_router,
+            selections=("top-k", "threshold"),
         ),
         RouterSpec(
             name="random",

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind
+from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind, Selection
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """Shape of one converted FFN; also the entry of the layer in ``config.json``.
 
+    What a token uses (active neurons and parameters, FLOPs) follows from K. Where experts are
+    selected by a threshold, their number differs from token to token and K is the mean that the
+    router was set to, so that these are means too, and intended ones: what a text really uses is
+    ``flops`` with the mean that was counted on it.
+
     Args:
         num_shared_neurons: S.
         n_routed_experts: E, 0 for a static layer.
         moe_intermediate_size: N, neurons per routed expert.
-        num_experts_per_tok: K.
+        num_experts_per_tok: K, for "threshold" the mean per token that the router is set to.
         router_kind: "linear" or "glu"; None for a static layer.
         gate_bias: the gate projection has a bias.
         up_bias: the up projection has a bias.
         output_bias: the output has a bias, the model's own or a compensation.
         router_bias: the router has an intercept.
         expert_bias: every routed expert adds a constant to the output where it is selected.
+        selection: how a token's experts are chosen; "top-k" for a static layer.
     """
 
     num_shared_neurons: int
@@ -36,6 +42,7 @@ class LayerShape:
     output_bias: bool = False
     router_bias: bool = False
     expert_bias: bool = False
+    selection: Selection = "top-k"
 
     @classmethod
     def of(
@@ -68,6 +75,7 @@ class LayerShape:
             output_bias=output_bias or any(each.output_bias_D is not None for each in added),
             router_bias=router is not None and router.bias_E is not None,
             expert_bias=compensation is not None and compensation.expert_bias_ED is not None,
+            selection=layout.selection,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,14 +89,15 @@ class LayerShape:
 
     @property
     def active_neurons(self) -> int:
-        """S + K * N, the neurons computed per token."""
+        """S + K * N, the neurons computed per token; for "threshold" with K the intended mean."""
         return self.num_shared_neurons + self.num_experts_per_tok * self.moe_intermediate_size
 
     def parameters(self, hidden_size: int, *, active: bool) -> int:
         """Parameters stored (or read per token): FFN rows, biases, router matrices and scales.
 
-        Constants of experts count as E * D stored and K * D read, the router's intercept as E. The
-        balance bias is a buffer, so that the sum is that over ``model.parameters()``.
+        Constants of experts count as E * D stored and K * D read, the router's intercept as E. For
+        "threshold" K is the intended mean, and so is the number read. The balance bias is a buffer,
+        so that the sum is that over ``model.parameters()``.
         """
         experts = self.num_experts_per_tok if active else self.n_routed_experts
         neurons = self.active_neurons if active else self.total_neurons
@@ -101,16 +110,23 @@ class LayerShape:
             + (self.n_routed_experts * (1 + self.router_bias) if self.router_kind else 0)
         )
 
-    def flops(self, hidden_size: int) -> int:
-        """FLOPs per token, ``2 * D * (3 * (S + K * N) + router rows) + K * D``.
+    def flops(self, hidden_size: int, mean_experts: float | None = None) -> int:
+        """FLOPs per token, ``2 * D * (3 * (S + K * N) + router rows) + K * D``, a whole number.
 
         2 per multiply-add of a matrix; 1 per value of the selected experts' constants, the last
         term, where the layer has them. Other biases (one value per neuron, per expert in the
         router, or per layer in the output) are left out.
+
+        Args:
+            hidden_size: D.
+            mean_experts: mean number of selected experts per token that was counted on some text,
+                in the place of K; None for K itself.
         """
+        experts = self.num_experts_per_tok if mean_experts is None else mean_experts
+        neurons = self.num_shared_neurons + experts * self.moe_intermediate_size
         router_rows = self._router_matrices * self.n_routed_experts
-        constants = self.expert_bias * self.num_experts_per_tok * hidden_size
-        return 2 * hidden_size * (3 * self.active_neurons + router_rows) + constants
+        constants = self.expert_bias * experts * hidden_size
+        return round(2 * hidden_size * (3 * neurons + router_rows) + constants)
 
     @property
     def _router_matrices(self) -> int:
@@ -159,7 +175,10 @@ class ModelAccount:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters of the converted model that one token uses, embeddings included."""
+        """Parameters of the converted model that one token uses, embeddings included.
+
+        At every layer's K, which for a threshold is the intended mean.
+        """
         return self._converted(active=True)
 
     @property
@@ -169,12 +188,27 @@ class ModelAccount:
 
     @property
     def ffn_flops(self) -> int:
-        """FFN FLOPs per token of the converted model, router included."""
+        """FFN FLOPs per token of the converted model, router included, at every layer's K."""
         return sum(layer.flops(self.hidden_size) for layer in self.layers)
+
+    def measured_ffn_flops(self, mean_experts: Mapping[int, float]) -> int:
+        """``ffn_flops`` at the numbers of experts that were counted on some text.
+
+        Args:
+            mean_experts: mean number of selected experts per token, by the index of the layer;
+                one value for every layer with routed experts.
+
+        Raises:
+            KeyError: a layer with routed experts has no value.
+        """
+        return sum(
+            layer.flops(self.hidden_size, mean_experts[index] if layer.n_routed_experts else None)
+            for index, layer in enumerate(self.layers)
+        )
 
     @property
     def ffn_sparsity(self) -> float:
-        """1 - active neurons / dense neurons, over all layers."""
+        """1 - active neurons / dense neurons, over all layers, at every layer's K."""
         active = sum(layer.active_neurons for layer in self.layers)
         return 1.0 - active / (len(self.layers) * self.intermediate_size)
 

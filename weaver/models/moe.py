@@ -43,7 +43,7 @@ class MoERouter(nn.Module):
 class MoEFeedForward(nn.Module):
     """Shared and routed experts as row slices of three matrices, and their router.
 
-    ``y = shared(x) + sum_{e in top-K(x)} w_e (expert_e(x) + b_e) + output_bias``
+    ``y = shared(x) + sum_{e selected by x} w_e (expert_e(x) + b_e) + output_bias``
 
     Row j of ``gate_weight``, ``up_weight`` and ``down_weight`` (all (S + E * N, D)) is neuron j of
     the permuted FFN: S shared neurons first, then N per expert. Row e of ``expert_bias`` (E, D) is
@@ -93,6 +93,7 @@ class MoEFeedForward(nn.Module):
 
     @property
     def top_k(self) -> int:
+        """K; for a threshold the mean number of experts that the router is set to."""
         return self.shape.num_experts_per_tok
 
     def weights(self) -> GluWeights:
@@ -111,14 +112,8 @@ class MoEFeedForward(nn.Module):
         """The experts of every token; None for a static layer."""
         if self.router is None:
             return None
-        return route(x_TD, self.router.record(), self.activation, self.top_k)
-
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids and output factors, (T, K) each, of a layer that has a router."""
-        routing = self.routing(x_TD)
-        if routing is None:
-            raise ValueError("a static layer routes nothing")
-        return routing.ids_TK, routing.weights_TK
+        record = self.router.record()
+        return route(x_TD, record, self.activation, self.top_k, self.shape.selection)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -135,7 +130,8 @@ class MoEFeedForward(nn.Module):
         s = self.shape
         return (
             f"shared={s.num_shared_neurons}, experts={s.n_routed_experts} x "
-            f"{s.moe_intermediate_size}, top_k={s.num_experts_per_tok}, router={s.router_kind}"
+            f"{s.moe_intermediate_size}, top_k={s.num_experts_per_tok}, router={s.router_kind}, "
+            f"selection={s.selection}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from weaver.artifacts.types import Selection
 from weaver.report.tables import format_count, format_percent, markdown_table
 
 
@@ -21,7 +22,8 @@ class LayerFacts:
         num_shared_neurons: S, neurons every token uses.
         num_routed_experts: E; 0 for a static layer.
         expert_width: N, neurons per routed expert.
-        top_k: K, routed experts per token.
+        top_k: K, routed experts per token; for a threshold the mean that the router is set to.
+        selection: how a token's experts are chosen.
     """
 
     intermediate_size: int
@@ -29,6 +31,7 @@ class LayerFacts:
     num_routed_experts: int
     expert_width: int
     top_k: int
+    selection: Selection = "top-k"
 
     @property
     def shared_share(self) -> float:
@@ -171,7 +174,7 @@ def _layout(facts: ModelCardFacts) -> str:
                 layer.num_shared_neurons,
                 format_percent(layer.shared_share),
                 f"{layer.num_routed_experts} x {layer.expert_width}",
-                layer.top_k,
+                f"{layer.top_k} on average" if layer.selection == "threshold" else layer.top_k,
                 format_percent(layer.active_share),
             )
         )

@@ -1,4 +1,4 @@
-"""``build-router``: a router for every layer that has routed experts."""
+"""``build-router``: router and compensation of every layer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 import torch
 
 from weaver.artifacts.manifest import StageManifest, StageRequest
-from weaver.artifacts.store import read_record, write_record
-from weaver.artifacts.types import Router
 from weaver.config import RouterConfig
-from weaver.evaluation.fidelity import router_fidelity
-from weaver.methods.registry import get_method, get_router
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import Partition, open_partition
-from weaver.stages.partition import layer_generator
+from weaver.evaluation.fidelity import module_fidelity
+from weaver.methods.registry import get_method
+from weaver.models.moe import MoEFeedForward
+from weaver.stages.parents import ROUTER_FOLDER, Partition, open_partition
+from weaver.stages.routing import (
+    RoutedLayer,
+    has_routed,
+    read_routed,
+    resolve_router,
+    solve_layer,
+    write_routed,
+)
 from weaver.stages.runner import StageContext, StageRun
+from weaver.stages.splitter import layer_generator
 
 STAGE = "build-router"
 
@@ -25,7 +31,7 @@ FIDELITY_TOKENS = 512
 
 
 def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
-    """Write one ``Router`` per layer with routed experts.
+    """Write one ``Router`` per layer with routed experts, and the layers' ``Compensation``.
 
     Args:
         context: run directory, seed, progress.
@@ -35,9 +41,8 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
         WeaverError: no finished partition, or no such router.
     """
     partition = open_partition(context.folder("partition"))
-    resolved = resolve(config, partition)
-    if resolved.kind is not None:
-        get_router(resolved.kind)
+    spec = get_method(partition.manifest.request.config["method"])
+    resolved = resolve_router(config, spec)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
@@ -49,47 +54,44 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
         return run.skipped()
     if config.kind is not None and resolved.kind is None:
         context.say(f"note: static layers route nothing, so router {config.kind!r} is not built")
-    propagated = partition.manifest.request.config["propagate_router"]
-    if partition.sequential and resolved.kind != propagated:
+    if partition.sequential and resolved != partition.propagated:
         context.say(
-            f"note: layers were split behind layers routed by {propagated!r}, not {resolved.kind!r}"
+            "note: layers were split behind layers with another router section, "
+            f"{partition.propagated!r}"
         )
     run.begin()
     layers = partition.calibration.checkpoint.num_layers
     with context.progress(STAGE, layers) as advance:
         for layer in range(layers):
-            if resolved.kind is not None and not run.has_layer(layer):
-                write_record(run.layer_path(layer), _build(partition, resolved, layer, context))
+            layout = partition.layout(layer)
+            if not has_routed(run.folder, layer, layout, resolved):
+                routed = _solve(partition, resolved, layer, context)
+                write_routed(run.folder, layer, routed)
             advance(f"layer {layer}")
     return run.finish(_summary(run, partition, resolved))
 
 
-def resolve(config: RouterConfig, partition: Partition) -> RouterConfig:
-    """The configuration with the partition method's own router filled in; None if static."""
-    spec = get_method(partition.manifest.request.config["method"])
-    return RouterConfig(kind=None if spec.is_static else config.kind or spec.router)
-
-
-def _build(partition: Partition, config: RouterConfig, layer: int, context: StageContext) -> Router:
-    assert config.kind is not None
-    return get_router(config.kind).build(
-        partition.calibration.checkpoint.ffn(layer, torch.float32),
-        partition.profile(layer),
-        partition.layout(layer),
-        layer_generator(context.seed, layer),
-    )
+def _solve(
+    partition: Partition, config: RouterConfig, layer: int, context: StageContext
+) -> RoutedLayer:
+    layout = partition.layout(layer)
+    if config == partition.propagated and context.seed == partition.manifest.request.seed:
+        return read_routed(partition.folder / ROUTER_FOLDER, layer, layout)
+    weights = partition.calibration.checkpoint.ffn(layer, torch.float32)
+    generator = layer_generator(context.seed, layer)
+    return solve_layer(weights, partition.profile(layer), layout, config, generator)
 
 
 def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> dict[str, Any]:
-    if config.kind is None:
-        return {"router": None, "layers": []}
     rows = []
     for layer in range(partition.calibration.checkpoint.num_layers):
-        fidelity = router_fidelity(
-            partition.profile(layer).ffn_inputs_ND[:FIDELITY_TOKENS].float(),
-            partition.calibration.checkpoint.ffn(layer, torch.float32),
-            partition.layout(layer),
-            read_record(layer_path(run.folder, layer), Router),
-        )
-        rows.append({"layer": layer, **{k: round(v, 6) for k, v in asdict(fidelity).items()}})
+        layout = partition.layout(layer)
+        routed = read_routed(run.folder, layer, layout)
+        if routed.router is None:
+            continue
+        weights = partition.calibration.checkpoint.ffn(layer, torch.float32)
+        ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
+        x_TD = partition.profile(layer).ffn_inputs_ND[:FIDELITY_TOKENS].float()
+        fidelity = asdict(module_fidelity(x_TD, ffn))
+        rows.append({"layer": layer, **{k: round(v, 6) for k, v in fidelity.items()}})
     return {"router": config.kind, "layers": rows}

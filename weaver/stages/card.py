@@ -49,4 +49,5 @@ def _layer_facts(shape: LayerShape, intermediate_size: int) -> LayerFacts:
         num_routed_experts=shape.n_routed_experts,
         expert_width=shape.moe_intermediate_size,
         top_k=shape.num_experts_per_tok,
+        selection=shape.selection,
     )

@@ -162,6 +162,7 @@ def _result(
     tasks: dict[str, dict[str, TaskResult]],
 ) -> EvalResult:
     account = converted.account()
+    measured = account.measured_ffn_flops({each.layer: each.experts_per_token for each in usage})
     return EvalResult(
         dense=ModelQuality(
             perplexity=comparison.dense.perplexity,
@@ -173,6 +174,7 @@ def _result(
             ffn_flops_per_token=account.ffn_flops,
             tasks=tasks["moe"],
         ),
+        measured_ffn_flops_per_token=measured,
         kl=comparison.kl,
         top1_agreement=comparison.top1_agreement,
         tokens=comparison.tokens,
@@ -203,6 +205,9 @@ def _summary(result: EvalResult) -> dict[str, Any]:
         "kl": result.kl,
         "top1_agreement": result.top1_agreement,
         "ffn_sparsity": result.ffn_sparsity,
+        "dense_ffn_flops": result.dense.ffn_flops_per_token,
+        "ffn_flops": result.moe.ffn_flops_per_token,
+        "measured_ffn_flops": result.measured_ffn_flops_per_token,
         "active_parameters": result.active_parameters,
         "total_parameters": result.total_parameters,
         "router": result.router.model_dump(mode="json") if result.router else None,

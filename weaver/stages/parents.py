@@ -10,13 +10,15 @@ import torch
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
-from weaver.config import CalibrateConfig, ModelConfig
+from weaver.config import CalibrateConfig, ModelConfig, RouterConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import DTYPES, Checkpoint
 from weaver.stages.finished import layer_path, parent
 
-# Folder of the profiles of a sequential partition, and of the compensations beside the routers.
+# Folders of a sequential partition: its profiles, and the routers it propagated. Compensations lie
+# in a folder beside the routers they belong to.
 PROFILE_FOLDER = "profile"
+ROUTER_FOLDER = "router"
 COMPENSATION_FOLDER = "compensation"
 
 
@@ -60,6 +62,12 @@ class Partition:
     def sequential(self) -> bool:
         """Whether the layers were profiled behind converted layers."""
         return bool(self.manifest.request.config["sequential"])
+
+    @property
+    def propagated(self) -> RouterConfig | None:
+        """The router configuration behind which a sequential partition split its layers."""
+        values = self.manifest.request.config["propagate"]
+        return RouterConfig.model_validate(values) if self.sequential else None
 
     def layout(self, layer: int) -> ExpertLayout:
         """Layout of one layer."""

@@ -5,24 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from weaver.algorithms.energy import centred_energy
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+from weaver.artifacts.types import ExpertLayout
 from weaver.config import PartitionConfig, RouterConfig
-from weaver.methods.allocation import active_neurons, adaptive_active_neurons, plan_width
-from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
-from weaver.methods.registry import get_method, get_router, resolve_options
-from weaver.models.moe import MoEFeedForward
+from weaver.methods.base import MethodOptions, MethodSpec
+from weaver.methods.registry import get_method, resolve_options
 from weaver.models.stream import DecoderStream
+from weaver.stages.budget import Budget, allocate
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.finished import layer_path
-from weaver.stages.parents import PROFILE_FOLDER, Calibration, open_calibration
+from weaver.stages.parents import (
+    PROFILE_FOLDER,
+    ROUTER_FOLDER,
+    open_calibration,
+)
 from weaver.stages.profiling import Profiler, ResumableStream
+from weaver.stages.routing import read_routed, resolve_router, write_routed
 from weaver.stages.runner import StageContext, StageRun
+from weaver.stages.splitter import LayerSplitter
 
 STAGE = "partition"
 
@@ -50,8 +53,6 @@ def partition(
     options = resolve_options(spec, config.options)
     calibration = open_calibration(calibration_folder or context.folder("calibrate"))
     resolved = resolve(config, spec, options)
-    if resolved.propagate_router is not None:
-        get_router(resolved.propagate_router)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
@@ -63,16 +64,15 @@ def partition(
         return run.skipped()
     splitter = LayerSplitter(calibration, resolved, spec, options, context.seed)
     run.begin()
+    budget = allocate(context, run.folder, splitter)
     split_all = _split_sequentially if resolved.sequential else _split_one_shot
-    split_all(context, run, splitter)
-    return run.finish(_summary(run, splitter))
+    split_all(context, run, splitter, budget)
+    return run.finish(_summary(run, splitter, budget))
 
 
 def propagating(config: PartitionConfig, router: RouterConfig) -> PartitionConfig:
     """Sequential splits run behind layers that route as the converted model will."""
-    if config.propagate_router is not None or router.kind is None:
-        return config
-    return config.model_copy(update={"propagate_router": router.kind})
+    return config if config.propagate else config.model_copy(update={"propagate": router})
 
 
 def resolve(
@@ -82,104 +82,39 @@ def resolve(
     return config.model_copy(
         update={
             "num_experts": None if spec.is_static else config.num_experts or spec.num_experts,
+            "allocation": config.allocation or spec.allocation,
             "sequential": spec.sequential if config.sequential is None else config.sequential,
-            "propagate_router": None if spec.is_static else config.propagate_router or spec.router,
+            "propagate": resolve_router(config.propagate or RouterConfig(), spec),
             "options": options.model_dump(mode="json"),
         }
     )
 
 
-class LayerSplitter:
-    """Poses each layer's problem to the method and builds the router that propagates it."""
-
-    def __init__(
-        self,
-        calibration: Calibration,
-        config: PartitionConfig,
-        spec: MethodSpec[Any],
-        options: MethodOptions,
-        seed: int,
-    ) -> None:
-        self.calibration = calibration
-        self.checkpoint = calibration.checkpoint
-        self.config = config
-        self.spec = spec
-        self.options = options
-        self.seed = seed
-        neurons = self.checkpoint.intermediate_size
-        self.width = (
-            0
-            if config.num_experts is None
-            else plan_width(neurons, config.num_experts, config.expert_width_multiple)
-        )
-        self.active_neurons_L = self._allocate(neurons)
-
-    def split(self, layer: int, profile: LayerProfile) -> ExpertLayout:
-        """Layout of one layer."""
-        problem = LayerProblem(
-            layer=layer,
-            weights=self.checkpoint.ffn(layer, torch.float32),
-            profile=profile,
-            active_neurons=self.active_neurons_L[layer],
-            num_experts=self.config.num_experts or 0,
-            expert_width=self.width,
-        )
-        layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(layer))
-        return layout
-
-    def converted_ffn(
-        self, layer: int, layout: ExpertLayout, profile: LayerProfile
-    ) -> MoEFeedForward:
-        """The converted FFN that carries the hidden states past a layer."""
-        weights = self.checkpoint.ffn(layer, torch.float32)
-        router: Router | None = None
-        if layout.num_routed_experts and self.config.propagate_router is not None:
-            build = get_router(self.config.propagate_router).build
-            router = build(weights, profile, layout, self.generator(layer))
-        return MoEFeedForward.convert(weights.to(self.calibration.dtype), layout, router)
-
-    def generator(self, layer: int) -> torch.Generator:
-        """Randomness of one layer, the same whether or not the layers before it ran now."""
-        return layer_generator(self.seed, layer)
-
-    def _allocate(self, neurons: int) -> list[int]:
-        layers = self.checkpoint.num_layers
-        experts = self.config.num_experts or 0
-        if self.config.allocation == "uniform":
-            return [active_neurons(neurons, experts, self.width, self.config.sparsity)] * layers
-        scores = [
-            centred_energy(
-                self.calibration.profile(layer).hidden_variance_F,
-                self.checkpoint.ffn(layer, torch.float32).down_FD,
-            )
-            for layer in range(layers)
-        ]
-        return adaptive_active_neurons(scores, experts, self.width, self.config.sparsity)
-
-
-def layer_generator(seed: int, layer: int) -> torch.Generator:
-    """A generator that depends on the seed and the layer only."""
-    return torch.Generator().manual_seed(seed * 100_003 + layer)
-
-
-def _split_one_shot(context: StageContext, run: StageRun, splitter: LayerSplitter) -> None:
+def _split_one_shot(
+    context: StageContext, run: StageRun, splitter: LayerSplitter, budget: Budget
+) -> None:
     layers = splitter.checkpoint.num_layers
     with context.progress(STAGE, layers) as advance:
         for layer in range(layers):
             if not run.has_layer(layer):
-                layout = splitter.split(layer, splitter.calibration.profile(layer))
+                layout = splitter.split(
+                    layer, splitter.calibration.profile(layer), budget.active_neurons[layer]
+                )
                 write_record(run.layer_path(layer), layout)
             advance(f"layer {layer}")
 
 
-def _split_sequentially(context: StageContext, run: StageRun, splitter: LayerSplitter) -> None:
+def _split_sequentially(
+    context: StageContext, run: StageRun, splitter: LayerSplitter, budget: Budget
+) -> None:
     calibration, checkpoint = splitter.calibration, splitter.checkpoint
-    profiles = run.folder / PROFILE_FOLDER
+    profiles, routers = run.folder / PROFILE_FOLDER, run.folder / ROUTER_FOLDER
 
     def finished_ffn(layer: int) -> nn.Module:
         layout = read_record(run.layer_path(layer), ExpertLayout)
-        profile = read_record(layer_path(profiles, layer), LayerProfile)
-        return splitter.converted_ffn(layer, layout, profile)
+        return splitter.converted_ffn(
+            layer, layout, read_routed(routers, layer, layout), calibration.dtype
+        )
 
     packed = read_packed_tokens(calibration.folder)
     decoder = DecoderStream(checkpoint, calibration.dtype, packed.input_ids_WT)
@@ -189,19 +124,22 @@ def _split_sequentially(context: StageContext, run: StageRun, splitter: LayerSpl
     )
     with context.progress(STAGE, checkpoint.num_layers) as advance:
         for layer in range(checkpoint.num_layers):
-            if not (run.has_layer(layer) and layer_path(profiles, layer).exists()):
+            if not run.has_layer(layer):
                 stream.seek(layer)
                 profile = profiler.observe(stream, checkpoint.ffn(layer, calibration.dtype))
+                layout = splitter.split(layer, profile, budget.active_neurons[layer])
+                routed = splitter.route(layer, layout, profile)
                 write_record(layer_path(profiles, layer), profile)
-                layout = splitter.split(layer, profile)
+                write_routed(routers, layer, routed)
+                # Last: its presence says that the layer is done.
                 write_record(run.layer_path(layer), layout)
-                stream.advance(splitter.converted_ffn(layer, layout, profile))
+                stream.advance(splitter.converted_ffn(layer, layout, routed, calibration.dtype))
                 stream.save()
             advance(f"layer {layer}")
     stream.discard()
 
 
-def _summary(run: StageRun, splitter: LayerSplitter) -> dict[str, Any]:
+def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str, Any]:
     rows = []
     for layer in range(splitter.checkpoint.num_layers):
         layout = read_record(run.layer_path(layer), ExpertLayout)
@@ -213,8 +151,12 @@ def _summary(run: StageRun, splitter: LayerSplitter) -> dict[str, Any]:
                 "experts": layout.num_routed_experts,
                 "expert_width": layout.expert_width,
                 "top_k": layout.top_k,
+                "selection": layout.selection,
                 "active_neurons": layout.active_neurons,
                 "sparsity": round(layout.ffn_sparsity, 6),
             }
         )
-    return {"method": splitter.spec.name, "scope": "ffn", "layers": rows}
+    summary: dict[str, Any] = {"method": splitter.spec.name, "scope": "ffn", "layers": rows}
+    if budget.predicted_kl is not None:
+        summary |= {"predicted_kl": budget.predicted_kl, "uniform_kl": budget.uniform_kl}
+    return summary

@@ -27,9 +27,9 @@ from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.parents import Calibration, Partition, open_partition
-from weaver.stages.partition import LayerSplitter
 from weaver.stages.profiling import kept_positions
 from weaver.stages.runner import StageContext
+from weaver.stages.splitter import LayerSplitter
 
 # Held-out tokens per layer on which the router is compared with the oracle.
 HELD_OUT_TOKENS = 2048
@@ -136,11 +136,13 @@ class _ScoredSplitter:
         options = resolve_options(self.spec, config.options)
         self._scores_F: Tensor | None = None
         noting = replace(self.spec, partition=self._noting)
+        self._partition = partition
         self._splitter = LayerSplitter(partition.calibration, config, noting, options, request.seed)
 
     def split(self, layer: int, profile: LayerProfile) -> tuple[ExpertLayout, Tensor | None]:
         """Layout of one layer, and the scores by which its shared neurons were chosen, (F,)."""
-        return self._splitter.split(layer, profile), self._scores_F
+        active_neurons = self._partition.layout(layer).active_neurons
+        return self._splitter.split(layer, profile, active_neurons), self._scores_F
 
     def _noting(
         self, problem: LayerProblem, options: MethodOptions, generator: torch.Generator

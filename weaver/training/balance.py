@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from weaver.kernels.reference import Routing
 
 
 @runtime_checkable
@@ -22,10 +25,13 @@ class RoutedFeedForward(Protocol):
     def num_routed_experts(self) -> int: ...
 
     @property
+    def top_k(self) -> int: ...
+
+    @property
     def router(self) -> Any: ...
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids, int64, (T, K), and their output weights, (T, K)."""
+    def routing(self, x_TD: Tensor) -> Routing | None:
+        """The experts of every token; None for a static layer."""
         ...
 
 
@@ -38,16 +44,18 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedFeedForward]:
     }
 
 
-def balance_step(load_E: Tensor, bias_E: Tensor, update: float) -> Tensor:
-    """Move the selection bias of every expert toward equal load.
+def balance_step(load_E: Tensor, target: float, bias_E: Tensor, update: float) -> Tensor:
+    """Move the selection bias of every expert toward an equal share of the load.
 
-    b_e <- b_e + update * sign(mean(load) - load_e)
+    b_e <- b_e + update * sign(target - load_e)
 
-    An expert above the mean load of the step loses ``update``, one below gains it, one exactly at
-    the mean stays.
+    An expert above the target loses ``update``, one below gains it, one exactly there stays.
 
     Args:
         load_E: tokens that chose each expert in this step, (E,).
+        target: load of every expert if all have the same, ``T * K / E``. For top-k that is the mean
+            of ``load_E``; for a threshold, where the loads may sum to anything, it also leads the
+            mean number of experts per token toward K.
         bias_E: the bias before the step, (E,).
         update: size of the step, not negative.
 
@@ -63,15 +71,30 @@ def balance_step(load_E: Tensor, bias_E: Tensor, update: float) -> Tensor:
         raise ValueError(f"load {tuple(load_E.shape)} and bias {tuple(bias_E.shape)} differ")
     if update < 0:
         raise ValueError(f"update={update} must not be negative")
-    load_E = load_E.to(torch.float64)
-    direction_E = torch.sign(load_E.mean() - load_E)
+    direction_E = torch.sign(target - load_E.to(torch.float64))
     return bias_E + update * direction_E.to(bias_E.dtype)
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """What one layer has routed.
+
+    Args:
+        counts_E: tokens that chose each expert, int64, (E,).
+        tokens: T.
+    """
+
+    counts_E: Tensor
+    tokens: int
+
+    def __add__(self, other: ExpertLoad) -> ExpertLoad:
+        return ExpertLoad(self.counts_E + other.counts_E, self.tokens + other.tokens)
 
 
 class ExpertLoadCounter:
     """Counts the tokens per expert of every routed layer while it is open.
 
-    A forward pre-hook asks ``route`` for the selection of the module's input. That repeats the
+    A forward pre-hook asks ``routing`` for the selection of the module's input. That repeats the
     router (E * D per token), a small part of the FFN, and needs nothing of how ``forward`` works.
 
     Args:
@@ -80,7 +103,7 @@ class ExpertLoadCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = routed_layers(model)
-        self._loads: dict[str, Tensor] = {}
+        self._loads: dict[str, ExpertLoad] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -99,26 +122,25 @@ class ExpertLoadCounter:
             handle.remove()
         self._handles.clear()
 
-    def take(self) -> dict[str, Tensor]:
-        """Loads since the last call, int64, (E,) per layer name; counting starts again at 0."""
+    def take(self) -> dict[str, ExpertLoad]:
+        """Loads since the last call by layer name; counting starts again at 0."""
         loads, self._loads = self._loads, {}
         return loads
 
     def apply(self, update: float) -> None:
         """One ``balance_step`` on the router of every layer that was used since the last call."""
-        for name, load_E in self.take().items():
-            bias_E = self._layers[name].router.balance_bias
-            bias_E.copy_(balance_step(load_E, bias_E, update))
+        for name, load in self.take().items():
+            layer = self._layers[name]
+            bias_E = layer.router.balance_bias
+            target = load.tokens * layer.top_k / layer.num_routed_experts
+            bias_E.copy_(balance_step(load.counts_E, target, bias_E, update))
 
     def _hook(self, name: str, layer: RoutedFeedForward) -> Callable[..., None]:
         def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
-                x_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
-                ids_TK, _ = layer.route(x_TD)
-            load_E = self._loads.setdefault(
-                name, ids_TK.new_zeros(layer.num_routed_experts, dtype=torch.int64)
-            )
-            ids = ids_TK.reshape(-1)
-            load_E.scatter_add_(0, ids, torch.ones_like(ids))
+                routing = layer.routing(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            assert routing is not None
+            load = ExpertLoad(routing.counts_E(), routing.num_tokens)
+            self._loads[name] = self._loads[name] + load if name in self._loads else load
 
         return count

@@ -1,0 +1,159 @@
+"""Making up for skipped experts: constants and a re-solved down projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weaver.algorithms.glu import GluWeights, glu_hidden
+from weaver.algorithms.ridge import ShrunkRegression
+from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
+from weaver.kernels.reference import route
+
+# Tokens per chunk of the regression; every eighth chunk is held out to choose the shrinkage, so
+# chunks are short enough that a small calibration set has some of each kind.
+_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class CompensationPlan:
+    """What is done about skipped experts.
+
+    Args:
+        refit: re-solve the down projection.
+        constants: supply the mean output of what is skipped.
+        shrinkage: candidates of the regression's lambda, see ``ShrunkRegression``.
+    """
+
+    refit: bool
+    constants: bool
+    shrinkage: tuple[float, ...]
+
+
+@torch.no_grad()
+def solve_compensation(
+    weights: GluWeights,
+    profile: LayerProfile,
+    layout: ExpertLayout,
+    router: Router | None,
+    plan: CompensationPlan,
+) -> Compensation | None:
+    """Compensation of one layer under its routing; None if the plan does nothing.
+
+    With the selection ``m_te`` in {0, 1} fixed, the converted layer is linear in what is solved
+    for: ``y_t = sum_{j shared} h_tj Wd_j + sum_e m_te (h_te Wd_e + b_e) + b``. Constants alone are
+    the conditional means: ``c_e = E[h_e Wd_e | e skipped]``, ``b_e = -c_e``, ``b = sum_e c_e`` plus
+    the mean output of neurons that the layout dropped. With ``refit``, ``Wd``, ``b_e`` and ``b``
+    minimise the squared distance to the dense output over the profile's tokens, ``Wd`` shrunk
+    toward the original (``ShrunkRegression``).
+
+    Args:
+        weights: the dense FFN, float32.
+        profile: its ``ffn_inputs_ND`` are the tokens.
+        layout: shared and routed neurons.
+        router: the layer's router; None for a static layer.
+        plan: what to do.
+    Source: weaver's own. The constants generalise FLAP's bias (arXiv:2312.11983) to experts that
+        are skipped only for some tokens.
+    """
+    if not plan.refit and not plan.constants:
+        return None
+    start_PD, regression = _accumulate(weights, profile, layout, router, plan)
+    solved_PD = regression.solve(start_PD, plan.shrinkage) if plan.refit else start_PD
+    return _record(weights, layout, solved_PD, plan)
+
+
+def _accumulate(
+    weights: GluWeights,
+    profile: LayerProfile,
+    layout: ExpertLayout,
+    router: Router | None,
+    plan: CompensationPlan,
+) -> tuple[Tensor, ShrunkRegression]:
+    """Starting coefficients, rows [neurons, experts, one], and the sums of the regression."""
+    neurons, experts = layout.permutation.numel(), layout.num_routed_experts
+    columns = neurons + (experts + 1 if plan.constants else 0)
+    regression = ShrunkRegression(columns, weights.hidden_size, neurons)
+    down_FD = weights.down_FD.float()
+    sums = _SkipSums(layout)
+    for x_TD in profile.ffn_inputs_ND.float().split(_CHUNK_TOKENS):
+        hidden_TF = glu_hidden(x_TD, weights)
+        chosen_TE = _chosen(x_TD, weights, layout, router)
+        sums.add(hidden_TF, chosen_TE)
+        if plan.refit:
+            z_TP = _regressors(hidden_TF, chosen_TE, layout, plan.constants)
+            regression.add(z_TP, hidden_TF @ down_FD)
+    start_PD = down_FD[layout.permutation]
+    if plan.constants:
+        start_PD = torch.cat([start_PD, sums.constants(down_FD, layout)])
+    return start_PD, regression
+
+
+def _chosen(
+    x_TD: Tensor, weights: GluWeights, layout: ExpertLayout, router: Router | None
+) -> Tensor:
+    if router is None:
+        return x_TD.new_zeros(x_TD.shape[0], 0)
+    routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
+    return (routing.factors_TE() != 0).float()
+
+
+def _regressors(
+    hidden_TF: Tensor, chosen_TE: Tensor, layout: ExpertLayout, constants: bool
+) -> Tensor:
+    """Neuron activations in storage order, zero where skipped; then selections and a one."""
+    z_TP = hidden_TF[:, layout.permutation]
+    if layout.num_routed_experts:
+        routed_TEN = z_TP[:, layout.num_shared_neurons :].unflatten(1, layout.experts_EN.shape)
+        routed_TEN.mul_(chosen_TE[:, :, None])
+    if not constants:
+        return z_TP
+    return torch.cat([z_TP, chosen_TE, chosen_TE.new_ones(chosen_TE.shape[0], 1)], dim=1)
+
+
+class _SkipSums:
+    """Sums over tokens from which the conditional means of skipped experts follow."""
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        experts = layout.num_routed_experts
+        self._hidden_F = torch.zeros(layout.intermediate_size, dtype=torch.float64)
+        self._skipped_EF = torch.zeros(experts, layout.intermediate_size, dtype=torch.float64)
+        self._skips_E = torch.zeros(experts, dtype=torch.float64)
+        self._tokens = 0
+
+    def add(self, hidden_TF: Tensor, chosen_TE: Tensor) -> None:
+        skipped_TE = 1.0 - chosen_TE
+        self._hidden_F += hidden_TF.sum(0)
+        self._skipped_EF += skipped_TE.T @ hidden_TF
+        self._skips_E += skipped_TE.sum(0)
+        self._tokens += hidden_TF.shape[0]
+
+    def constants(self, down_FD: Tensor, layout: ExpertLayout) -> Tensor:
+        """Rows ``b_e`` of the experts and ``b``, (E + 1, D)."""
+        mean_EF = (self._skipped_EF / self._skips_E.clamp_min(1.0)[:, None]).float()
+        skipped_ED = torch.zeros(layout.num_routed_experts, down_FD.shape[1])
+        for expert, neurons_N in enumerate(layout.experts_EN):
+            skipped_ED[expert] = mean_EF[expert, neurons_N] @ down_FD[neurons_N]
+        dropped_F = torch.ones(layout.intermediate_size, dtype=torch.bool)
+        dropped_F[layout.permutation] = False
+        mean_F = (self._hidden_F / max(1, self._tokens)).float()
+        bias_D = mean_F[dropped_F] @ down_FD[dropped_F] + skipped_ED.sum(0)
+        return torch.cat([-skipped_ED, bias_D[None]])
+
+
+def _record(
+    weights: GluWeights, layout: ExpertLayout, solved_PD: Tensor, plan: CompensationPlan
+) -> Compensation:
+    neurons, experts = layout.permutation.numel(), layout.num_routed_experts
+    down_FD = None
+    if plan.refit:
+        down_FD = weights.down_FD.float().clone()
+        down_FD[layout.permutation] = solved_PD[:neurons]
+    constants = plan.constants
+    return Compensation(
+        down_FD=down_FD,
+        output_bias_D=solved_PD[-1].contiguous() if constants else None,
+        expert_bias_ED=solved_PD[neurons:-1].contiguous() if constants and experts else None,
+    )

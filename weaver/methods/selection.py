@@ -1,0 +1,46 @@
+"""Choosing experts by predicted contribution: what weave's clusters and its router share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weaver.algorithms.ridge import ridge_fit
+from weaver.artifacts.types import Selection
+
+# The router predicts contributions to this power (of the squared norm). Squared norms have tails
+# that a linear fit follows at the expense of all other tokens; docs/LOG.md has the measurements.
+CONTRIBUTION_POWER = 0.25
+
+# Relative L2 penalty of the router's regression, see ``ridge_fit``.
+ROUTER_PENALTY = 0.1
+
+
+def fit_scores(x_TD: Tensor, contribution_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear prediction of the experts' contributions from the FFN input.
+
+    ``s = x weight^T + bias ~ ||contribution||^(1/2)``, by ridge regression
+
+    Args:
+        x_TD: FFN inputs, (T, D).
+        contribution_TE: squared norms (``expert_contributions``), (T, E).
+    Returns:
+        ``weight_ED`` and ``bias_E``.
+    """
+    return ridge_fit(x_TD, contribution_TE.pow(CONTRIBUTION_POWER), ROUTER_PENALTY)
+
+
+def selection_threshold(scores_TE: Tensor, top_k: int) -> float:
+    """The score that on average K experts per token exceed."""
+    skipped = scores_TE.numel() - scores_TE.shape[0] * top_k
+    if skipped <= 0:
+        return float(scores_TE.min()) - 1.0
+    return float(scores_TE.flatten().kthvalue(skipped).values)
+
+
+def select(scores_TE: Tensor, top_k: int, selection: Selection) -> Tensor:
+    """Which experts run for which token, as float 0 or 1, (T, E)."""
+    if selection == "threshold":
+        return (scores_TE > selection_threshold(scores_TE, top_k)).float()
+    chosen_TK = scores_TE.topk(top_k, dim=1).indices
+    return torch.zeros_like(scores_TE).scatter_(1, chosen_TK, 1.0)

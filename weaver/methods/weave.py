@@ -1,0 +1,101 @@
+"""weave: experts of neurons that matter together and that a linear router can tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from weaver.algorithms.balanced import balanced_assignment, balanced_kmeans
+from weaver.algorithms.contributions import expert_contributions
+from weaver.algorithms.energy import centred_energy
+from weaver.algorithms.glu import glu_hidden
+from weaver.artifacts.types import ExpertLayout, Selection
+from weaver.methods.base import LayerProblem, MethodOptions
+from weaver.methods.layouts import expert_layout, routed_top_k, strongest
+from weaver.methods.selection import fit_scores, select
+
+
+class WeaveOptions(MethodOptions):
+    """Options of weave.
+
+    Args:
+        shared_share: share of the active slices that is always active, rounded; at least one active
+            slice is routed.
+        selection: ``threshold`` runs every expert whose predicted contribution exceeds one
+            threshold per layer, K of them on average; ``top-k`` runs exactly K, which stock
+            runtimes can do.
+        alternations: rounds in which the router is fitted to the experts and the neurons move to
+            the experts that run when they matter; 0 leaves the co-activation clusters.
+        cluster_tokens: tokens whose co-activation seeds the experts.
+    """
+
+    shared_share: float = Field(0.25, ge=0, lt=1)
+    selection: Selection = "threshold"
+    alternations: int = Field(3, ge=0)
+    cluster_tokens: int = Field(2048, gt=0)
+
+
+def partition(
+    problem: LayerProblem, options: WeaveOptions, generator: torch.Generator
+) -> ExpertLayout:
+    """Share by centred energy, cluster by co-activation, then move neurons where the router sees.
+
+    A neuron's contribution to a token is ``v_tj = (h_tj - E[h_j])^2 ||Wd_j||^2``: what is lost when
+    it is skipped and its mean is supplied. Shared are the neurons with the largest mean
+    contribution, which makes a layer without routed experts FLAP's. The others are clustered by
+    balanced k-means on their centred, normalised ``v_tj^(1/2)`` over a sample of tokens. Then, a
+    few times: fit the linear scores of the experts, select experts for every token as the router
+    will, and assign the neurons to experts by ``max sum_j sum_t m_t,owner(j) v_tj`` under equal
+    sizes, the contribution that the selection captures.
+
+    Args:
+        problem: the layer; its profile's ``ffn_inputs_ND`` are the tokens that are used.
+        options: see ``WeaveOptions``.
+        generator: seeds the clustering.
+    Raises:
+        WeaverError: no routed expert would be active, or all of them.
+    Source: weaver's own; centred energy is FLAP's metric (arXiv:2312.11983).
+    """
+    shared_experts = min(
+        round(problem.active_experts * options.shared_share), problem.active_experts - 1
+    )
+    top_k = routed_top_k(problem, shared_experts)
+    shared = problem.leftover_neurons + shared_experts * problem.expert_width
+    shared_S, routed_n = strongest(shared_scores(problem, options), shared)
+    x_TD = problem.profile.ffn_inputs_ND.float()
+    routed = problem.weights.select(routed_n)
+    hidden_Tn = glu_hidden(x_TD, routed) - problem.profile.hidden_mean_F[routed_n]
+    contribution_Tn = hidden_Tn.square() * routed.down_FD.square().sum(1)
+    owner_n = _coactivation_clusters(problem, contribution_Tn, options, generator)
+    for _ in range(options.alternations):
+        experts_EN = owner_n.argsort(stable=True).view(-1, problem.expert_width)
+        contribution_TE = expert_contributions(hidden_Tn, routed.down_FD, experts_EN)
+        weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
+        chosen_TE = select(x_TD @ weight_ED.T + bias_E, top_k, options.selection)
+        captured_nE = contribution_Tn.T @ chosen_TE
+        owner_n = balanced_assignment(-captured_nE / captured_nE.mean(), problem.expert_width)
+    layout = expert_layout(problem, shared_S, routed_n, owner_n, top_k)
+    return replace(layout, selection=options.selection)
+
+
+def shared_scores(problem: LayerProblem, options: WeaveOptions) -> Tensor:
+    """``score_j = Var(h_j) * ||Wd_j||^2`` (``centred_energy``), (F,)."""
+    del options
+    return centred_energy(problem.profile.hidden_variance_F, problem.weights.down_FD)
+
+
+def _coactivation_clusters(
+    problem: LayerProblem,
+    contribution_Tn: Tensor,
+    options: WeaveOptions,
+    generator: torch.Generator,
+) -> Tensor:
+    stride = max(1, contribution_Tn.shape[0] // options.cluster_tokens)
+    points_nT = contribution_Tn[::stride].sqrt().T
+    points_nT = points_nT - points_nT.mean(1, keepdim=True)
+    points_nT = torch.nn.functional.normalize(points_nT, dim=1)
+    clusters = contribution_Tn.shape[1] // problem.expert_width
+    return balanced_kmeans(points_nT, clusters, generator)[0]

@@ -1,0 +1,116 @@
+"""The router and the compensation of one layer: solved once, by ``partition`` or ``build-router``.
+
+A sequential partition needs both to carry the hidden states past each layer and keeps them;
+``build-router`` then takes them over instead of solving them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.store import write_record
+from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
+from weaver.config import RouterConfig
+from weaver.errors import WeaverError
+from weaver.methods.base import MethodSpec
+from weaver.methods.compensation import CompensationPlan, solve_compensation
+from weaver.methods.registry import get_router
+from weaver.stages.finished import layer_path
+from weaver.stages.parents import COMPENSATION_FOLDER, read_compensation, read_router
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """What carries a token past a layer besides its neurons.
+
+    Args:
+        router: None for a static layer.
+        compensation: None where nothing is compensated.
+    """
+
+    router: Router | None
+    compensation: Compensation | None
+
+
+def resolve_router(config: RouterConfig, spec: MethodSpec[Any]) -> RouterConfig:
+    """The configuration with the method's defaults filled in; no router kind if it is static.
+
+    Raises:
+        WeaverError: no such router.
+    """
+    kind = None if spec.is_static else config.kind or spec.router
+    if kind is not None:
+        get_router(kind)
+    return config.model_copy(
+        update={
+            "kind": kind,
+            "refit": spec.refit if config.refit is None else config.refit,
+            "constants": spec.constants if config.constants is None else config.constants,
+        }
+    )
+
+
+def solve_layer(
+    weights: GluWeights,
+    profile: LayerProfile,
+    layout: ExpertLayout,
+    config: RouterConfig,
+    generator: torch.Generator,
+) -> RoutedLayer:
+    """Build the router of a layer and solve its compensation.
+
+    Args:
+        weights: the dense FFN, float32.
+        profile: statistics of the layer's calibration tokens.
+        layout: shared and routed neurons.
+        config: after ``resolve_router``.
+        generator: randomness of the router.
+
+    Raises:
+        WeaverError: the router cannot select experts the way the layout wants.
+    """
+    router: Router | None = None
+    if layout.num_routed_experts and config.kind is not None:
+        spec = get_router(config.kind)
+        if layout.selection not in spec.selections:
+            raise WeaverError(
+                f"router {config.kind!r} cannot select experts by {layout.selection}",
+                why=f"it serves {', '.join(spec.selections)}",
+                fix="--router ridge, or --set partition.options.selection=top-k",
+            )
+        router = spec.build(weights, profile, layout, generator)
+    if layout.active_neurons == layout.intermediate_size:
+        return RoutedLayer(router, None)  # nothing is skipped
+    plan = CompensationPlan(
+        refit=bool(config.refit), constants=bool(config.constants), shrinkage=config.shrinkage
+    )
+    return RoutedLayer(router, solve_compensation(weights, profile, layout, router, plan))
+
+
+def write_routed(folder: Path, layer: int, routed: RoutedLayer) -> None:
+    """Write a layer's records; the router last, whose presence says that the layer is done."""
+    if routed.compensation is not None:
+        write_record(layer_path(folder / COMPENSATION_FOLDER, layer), routed.compensation)
+    if routed.router is not None:
+        write_record(layer_path(folder, layer), routed.router)
+
+
+def read_routed(folder: Path, layer: int, layout: ExpertLayout) -> RoutedLayer:
+    """Inverse of ``write_routed``."""
+    return RoutedLayer(read_router(folder, layer, layout), read_compensation(folder, layer))
+
+
+def has_routed(folder: Path, layer: int, layout: ExpertLayout, config: RouterConfig) -> bool:
+    """Whether ``write_routed`` has finished this layer."""
+    wanted = []
+    skips = layout.active_neurons < layout.intermediate_size
+    if skips and (config.refit or config.constants):
+        wanted.append(layer_path(folder / COMPENSATION_FOLDER, layer))
+    if layout.num_routed_experts:
+        wanted.append(layer_path(folder, layer))
+    return all(path.exists() for path in wanted)
