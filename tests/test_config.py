@@ -101,7 +101,7 @@ def test_an_equals_sign_in_a_value(path: Path) -> None:
         ("partition.sparsity=1.0", "partition.sparsity: Input should be less than 1"),
         ("partition.sparsity=half", "partition.sparsity: Input should be a valid number"),
         ("partition.num_experts=0", "partition.num_experts: Input should be greater than 0"),
-        ("partition.allocation=odd", "partition.allocation: Input should be 'uniform' or"),
+        ("partition.allocation=odd", "partition.allocation: Input should be 'uniform', 'adaptive'"),
         ("partition=3", "partition: Input should be a valid dictionary"),
         ("calibrate.data=a.jsonl", "calibrate.data: Input should be a valid tuple"),
         ("calibrate.data=[]", "calibrate.data: Tuple should have at least 1 item"),

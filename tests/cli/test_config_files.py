@@ -44,4 +44,7 @@ def test_the_methods_are_compared_on_equal_text_and_sparsity() -> None:
         load_run_config(path) for path in CONFIGS if path.stem in {f"smollm2-{m}" for m in METHODS}
     ]
 
-    assert len({(c.model, c.calibrate, c.eval, c.partition.sparsity) for c in configs}) == 1
+    # How many FFN inputs a profile keeps is not a matter of text: weave fits regressions to them.
+    texts = [c.calibrate.model_copy(update={"input_sample_mb": 1.0}) for c in configs]
+    compared = zip(configs, texts, strict=True)
+    assert len({(c.model, text, c.eval, c.partition.sparsity) for c, text in compared}) == 1

@@ -177,7 +177,7 @@ def test_bad_data(
         (("--num-experts", "1"), r"num_experts=1"),
         (("--expert-width-multiple", "128"), r"an expert would be empty"),
         (("--method", "nonesuch"), r"unknown method 'nonesuch'"),
-        (("--allocation", "fair"), r"allocation: Input should be 'uniform' or 'adaptive'"),
+        (("--allocation", "fair"), r"allocation: Input should be 'uniform', 'adaptive'"),
         (("--set", "partition.options={nonesuch: 1}"), r"options of method cmoe: nonesuch"),
         (("--set", "partition.nonesuch=1"), r"nonesuch: Extra inputs are not permitted"),
         (("--set", "partitoin.sparsity=0.5"), r"no section is called partitoin"),
@@ -185,7 +185,7 @@ def test_bad_data(
         (("--set", "sparsity"), r"override 'sparsity' has no '='"),
         (("--set", "partition.sparsity=["), r"the value is not YAML"),
         (("--set", "seed=often"), r"seed 'often' is not a whole number"),
-        (("--set", "partition.propagate_router=nonesuch"), r"unknown router 'nonesuch'"),
+        (("--set", "partition.propagate.kind=nonesuch"), r"unknown router 'nonesuch'"),
         (("--config", "nonesuch.yaml"), r"nonesuch\.yaml: no such config file"),
     ],
 )

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny_conversions import random_layout, random_router
 from torch import Tensor, nn
 
-from weaver.algorithms.glu import GluWeights
+from weaver.algorithms.contributions import expert_contributions
+from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.artifacts.types import (
     SELECTIONS,
     Compensation,
@@ -21,7 +22,6 @@ from weaver.artifacts.types import (
     Selection,
 )
 from weaver.evaluation.fidelity import (
-    expert_contributions,
     keep_inputs,
     module_fidelity,
     router_fidelity,
@@ -49,8 +49,13 @@ ROUTER = Router(
 BIAS_ED = torch.tensor([[0.0, 0.0], [0.0, -2.0], [0.0, 2.0]])
 
 
+def contributions(x_TD: Tensor, bias_ED: Tensor | None = None) -> Tensor:
+    """``||h_e Wd_e + b_e||^2`` of the three experts, (T, 3)."""
+    return expert_contributions(glu_hidden(x_TD, WEIGHTS), DOWN_FD, LAYOUT.experts_EN, bias_ED)
+
+
 def test_fidelity_by_hand() -> None:
-    contribution_TE = expert_contributions(X_TD, WEIGHTS, LAYOUT)
+    contribution_TE = contributions(X_TD)
     assert contribution_TE.tolist() == [[1.0, 0.0, 0.25], [0.0, 4.0, 0.25]]
     fidelity = router_fidelity(X_TD, WEIGHTS, LAYOUT, ROUTER)
     # The oracle takes 0 and 1, the router 0 and 2.
@@ -62,7 +67,7 @@ def test_fidelity_by_hand() -> None:
 
 
 def test_an_expert_bias_changes_the_oracle() -> None:
-    contribution_TE = expert_contributions(X_TD, WEIGHTS, LAYOUT, BIAS_ED)
+    contribution_TE = contributions(X_TD, BIAS_ED)
     # Outputs of expert 1: (0, -2) and (0, 2 - 2); of expert 2: (0, 0.5 + 2) twice.
     assert contribution_TE.tolist() == [[1.0, 4.0, 6.25], [0.0, 0.0, 6.25]]
     fidelity = router_fidelity(X_TD, WEIGHTS, LAYOUT, ROUTER, BIAS_ED)
@@ -76,7 +81,7 @@ THRESHOLD = replace(LAYOUT, selection="threshold")
 
 def test_a_threshold_is_compared_with_the_best_pairs_of_all_tokens() -> None:
     x_TD = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    assert expert_contributions(x_TD, WEIGHTS, LAYOUT).tolist() == [[1, 0, 0.25], [0, 64, 4]]
+    assert contributions(x_TD).tolist() == [[1, 0, 0.25], [0, 64, 4]]
     # Logits (1/2, -1/2, -1/2) and (-1/2, 3/2, 3/2): the three pairs of 1, 64 and 4.
     weight_ED = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     best = replace(ROUTER, weight_ED=weight_ED, bias_E=torch.full((3,), -0.5))

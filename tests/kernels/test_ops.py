@@ -12,10 +12,12 @@ from torch import Tensor
 from weaver.algorithms.glu import GluWeights, glu_forward
 from weaver.kernels import ops
 from weaver.kernels.ops import (
+    Workload,
     choose_path,
     grouped_forward,
     moe_forward,
     predicted_gain,
+    predicted_seconds,
     slice_neurons,
 )
 from weaver.kernels.reference import Routing, masked_forward
@@ -191,6 +193,20 @@ def test_the_choice_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 8.0)
     assert choose_path(weights, routing, 10) == "masked"
     assert choose_path(weights, None, 50) == "masked"
+
+
+def test_predicted_seconds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "MACS_PER_SECOND", {torch.float32: 100.0, torch.bfloat16: 200.0})
+    monkeypatch.setattr(ops, "SECONDS_PER_VALUE", 0.5)
+    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 3.0)
+    work = Workload(8, 10, 4, 10, num_tokens=10, num_pairs=15, dtype=torch.bfloat16, router_rows=5)
+    # The router computes in float32: 8 * 10 * 5 / 100 = 4 beside 3 * 8 * 10 * 50 / 200 = 60.
+    assert predicted_seconds(work, "masked") == pytest.approx(60 + 4)
+    # 3 * 8 * (10 * 10 + 15 * 10) / 200 = 30, 15 * 8 * 0.5 to gather, 4 * 3 of overhead.
+    assert predicted_seconds(work, "grouped") == pytest.approx(30 + 60 + 12 + 4)
+    dense = Workload(8, 50, 0, 0, num_tokens=10, num_pairs=0, dtype=torch.float16)
+    for path in ("masked", "grouped"):
+        assert predicted_seconds(dense, path) == pytest.approx(120)
 
 
 def test_nothing_is_gained_when_all_experts_are_active() -> None:

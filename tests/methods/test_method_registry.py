@@ -91,6 +91,7 @@ def test_random_depends_on_the_seed(random_problem: Any) -> None:
 def test_rows_agree_with_their_keys_and_the_papers() -> None:
     assert {name: spec.name for name, spec in METHODS.items()} == {name: name for name in METHODS}
     assert {name: spec.num_experts for name, spec in METHODS.items()} == {
+        "weave": 16,
         "expertweaver": 64,
         "cmoe": 8,
         "flap": None,
@@ -98,7 +99,12 @@ def test_rows_agree_with_their_keys_and_the_papers() -> None:
         "random": 8,
         "weight-kmeans": 8,
     }
-    assert [name for name, spec in METHODS.items() if spec.sequential] == ["cmoe", "wanda-sp"]
+    assert [name for name, spec in METHODS.items() if spec.sequential] == [
+        "weave",
+        "cmoe",
+        "wanda-sp",
+    ]
+    assert [name for name, spec in METHODS.items() if spec.refit or spec.constants] == ["weave"]
     for spec in METHODS.values():
         assert (spec.router is None) == spec.is_static
         assert spec.router is None or spec.router in ROUTERS
@@ -109,10 +115,10 @@ def test_lookup() -> None:
     assert get_router("mean-gate") is ROUTERS["mean-gate"]
     with pytest.raises(WeaverError, match="unknown method 'moe'") as caught:
         get_method("moe")
-    assert "expertweaver, cmoe, flap, wanda-sp, random, weight-kmeans" in caught.value.why
+    assert "weave, expertweaver, cmoe, flap, wanda-sp, random, weight-kmeans" in caught.value.why
     with pytest.raises(WeaverError, match="unknown router 'mean'") as caught:
         get_router("mean")
-    assert "mean-gate, representative, random" in caught.value.why
+    assert "mean-gate, representative, ridge, random" in caught.value.why
 
 
 def test_options_are_resolved_or_named() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import ExpertLayout
+from weaver.algorithms.glu import GluWeights, glu_hidden
+from weaver.algorithms.ridge import ridge_fit
+from weaver.artifacts.types import SELECTIONS, ExpertLayout, Selection
+from weaver.kernels.reference import route
 from weaver.methods.routers import ROUTERS, representative_neurons
 
 Maker = Callable[..., Any]
@@ -79,7 +81,8 @@ def test_kind_is_the_stated_one_and_static_layouts_are_refused(
     make_profile: Maker, name: str
 ) -> None:
     spec = ROUTERS[name]
-    assert spec.build(WEIGHTS, make_profile(5), LAYOUT, seeded()).kind == spec.kind
+    profile = make_profile(5, ffn_inputs_ND=torch.randn(8, 2, generator=seeded()))
+    assert spec.build(WEIGHTS, profile, LAYOUT, seeded()).kind == spec.kind
     static = replace(LAYOUT, top_k=0, experts_EN=torch.empty(0, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match="no routed experts"):
         spec.build(WEIGHTS, make_profile(5), static, seeded())
@@ -95,3 +98,42 @@ def test_permuting_the_neurons_leaves_the_mean_gate(random_problem: Maker) -> No
     moved = replace(layout, experts_EN=torch.argsort(order_F)[experts_EN])
     permuted = build(problem.weights.select(order_F), problem.profile, moved, seeded())
     torch.testing.assert_close(permuted.weight_ED, router.weight_ED)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_ridge_router_selects_k_experts_on_average(
+    random_problem: Maker, selection: Selection
+) -> None:
+    problem, _ = random_problem(3, neurons=24, active_neurons=12)
+    experts_EN = torch.randperm(24, generator=seeded())[:20].view(5, 4)
+    layout = ExpertLayout(24, 2, torch.empty(0, dtype=torch.int64), experts_EN, selection=selection)
+    router = ROUTERS["ridge"].build(problem.weights, problem.profile, layout, seeded())
+    x_TD = problem.profile.ffn_inputs_ND
+    routing = route(x_TD, router, "silu", layout.top_k, selection)
+    assert routing.num_pairs == 2 * x_TD.shape[0]
+    counts_T = routing.selected_TE().sum(1)
+    assert bool((counts_T == 2).all()) == (selection == "top-k")
+    # The threshold shifts every score alike.
+    other = replace(layout, selection="top-k" if selection == "threshold" else "threshold")
+    shifted = ROUTERS["ridge"].build(problem.weights, problem.profile, other, seeded())
+    assert torch.equal(shifted.weight_ED, router.weight_ED)
+    assert router.bias_E is not None
+    assert shifted.bias_E is not None
+    offset_E = shifted.bias_E - router.bias_E
+    torch.testing.assert_close(offset_E, offset_E[:1].expand(5))
+
+
+def test_the_ridge_router_predicts_centred_contributions(random_problem: Maker) -> None:
+    problem, _ = random_problem(3, neurons=12, active_neurons=6)
+    weights, profile = problem.weights, problem.profile
+    layout = ExpertLayout(12, 1, torch.empty(0, dtype=torch.int64), torch.arange(12).view(3, 4))
+    router = ROUTERS["ridge"].build(weights, profile, layout, seeded())
+    x_TD = profile.ffn_inputs_ND
+    hidden_TF = glu_hidden(x_TD, weights) - profile.hidden_mean_F
+    output_TED = torch.einsum(
+        "ten,end->ted", hidden_TF[:, layout.experts_EN], weights.down_FD[layout.experts_EN]
+    )
+    weight_ED, bias_E = ridge_fit(x_TD, output_TED.norm(dim=-1).sqrt(), 0.1)
+    torch.testing.assert_close(router.weight_ED, weight_ED, atol=1e-4, rtol=1e-4)
+    assert router.bias_E is not None
+    torch.testing.assert_close(router.bias_E, bias_E, atol=1e-4, rtol=1e-4)

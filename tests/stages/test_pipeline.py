@@ -105,7 +105,7 @@ def test_the_router_is_chosen_independently_of_the_method(
     for router in ROUTERS:
         config = run_config(
             tiny_llama,
-            partition=_partition(method, sequential=False, propagate_router="mean-gate"),
+            partition=_partition(method, sequential=False, propagate={"kind": "mean-gate"}),
             router={"kind": router},
         )
         run_dir = tmp_path / router
@@ -127,7 +127,7 @@ def test_a_sequential_split_runs_behind_the_router_of_the_run(
     for router in ("representative", "random"):
         config = run_config(tiny_llama, router={"kind": router})
         manifests = run_stages(config, tmp_path / router, until="partition")
-        assert manifests["partition"].request.config["propagate_router"] == router
+        assert manifests["partition"].request.config["propagate"]["kind"] == router
         outputs = manifests["partition"].outputs
         profiles[router] = [outputs[f"profile/layer_{i:03d}.safetensors"] for i in range(LAYERS)]
 
@@ -255,7 +255,7 @@ def planted_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["flap", "wanda-sp", "expertweaver"])
+@pytest.mark.parametrize("method", ["weave", "flap", "wanda-sp", "expertweaver"])
 def test_methods_that_look_at_activations_find_planted_idle_neurons(
     method: str, planted_llama: Path, tmp_path: Path
 ) -> None:

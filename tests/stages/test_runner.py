@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_runs import file_times, fork_weaver, run_config, run_stages, run_weaver, stage_digests
 
-from weaver.artifacts.manifest import MANIFEST
+from weaver.artifacts.manifest import MANIFEST, SCHEMA_VERSION
 from weaver.errors import WeaverError
 from weaver.stages.finished import stage_command
 from weaver.stages.inspection import inspect_run
@@ -19,7 +19,7 @@ from weaver.stages.pipeline import plan_pipeline, stage_calls
 from weaver.stages.runner import REQUEST, StageContext
 
 # What the partition of the finished run was made with, whatever router is asked for later.
-KEPT = {"propagate_router": "representative"}
+KEPT = {"propagate": {"kind": "representative"}}
 FINETUNE = {"steps": 2, "batch_size": 1, "sequence_length": 32}
 
 
@@ -169,7 +169,7 @@ def test_a_stage_that_wrote_nothing_yet_does_not_hold_its_configuration(
     _rerun(run_dir, tiny_llama, router={"kind": "random"}, partition=KEPT)
 
     request = json.loads((run_dir / "router" / REQUEST).read_text())
-    assert request["config"] == {"kind": "random"}
+    assert request["config"]["kind"] == "random"
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "partition", "router"])
@@ -200,7 +200,7 @@ def test_a_manifest_of_another_schema_is_refused(run_dir: Path, tiny_llama: Path
     with pytest.raises(WeaverError, match="schema version 99") as caught:
         _rerun(run_dir, tiny_llama)
 
-    assert "schema version 1" in caught.value.why
+    assert f"schema version {SCHEMA_VERSION}" in caught.value.why
     assert caught.value.fix.endswith("--force")
 
 
@@ -233,6 +233,7 @@ def _damage(path: Path, how: str) -> None:
         "calibrate/layer_001.safetensors",
         "partition/layer_001.safetensors",
         "partition/profile/layer_001.safetensors",
+        "partition/router/layer_001.safetensors",
         "router/layer_001.safetensors",
         "model/model.safetensors",
     ],

@@ -97,7 +97,10 @@ def balanced_kmeans(
 
 def cluster_means(points_FM: Tensor, owner_F: Tensor, num_clusters: int) -> Tensor:
     """Mean point of every cluster, float32, (E, M); no cluster may be empty."""
-    return torch.stack([points_FM[owner_F == e].float().mean(0) for e in range(num_clusters)])
+    sums_EM = torch.zeros(num_clusters, points_FM.shape[1]).index_add_(
+        0, owner_F, points_FM.float()
+    )
+    return sums_EM / torch.bincount(owner_F, minlength=num_clusters)[:, None]
 
 
 def within_cluster_cost(points_FM: Tensor, owner_F: Tensor, centroids_EM: Tensor) -> float:

@@ -30,8 +30,9 @@ def ridge_fit(x_TD: Tensor, y_TE: Tensor, penalty: float) -> tuple[Tensor, Tenso
         raise ValueError(f"{x_TD.shape[0]} inputs for {y_TE.shape[0]} targets")
     x_TD, y_TE = x_TD.float(), y_TE.float()
     mean_D, mean_E = x_TD.mean(0), y_TE.mean(0)
-    scale_D = x_TD.std(0, correction=0).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
-    standard_TD = (x_TD - mean_D) / scale_D
+    centred_TD = x_TD - mean_D
+    scale_D = centred_TD.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+    standard_TD = centred_TD / scale_D
     gram_DD = standard_TD.T @ standard_TD / x_TD.shape[0]
     cross_DE = standard_TD.T @ (y_TE - mean_E) / x_TD.shape[0]
     gram_DD.diagonal().add_(penalty + _JITTER)
@@ -45,7 +46,8 @@ class ShrunkRegression:
     ``min_B sum_t ||y_t - z_t B||^2 + lambda * m * ||(B - B0)_pen||^2``, with
     ``G = sum_t z_t^T z_t`` and m the mean of G's penalised diagonal, is solved by
     ``(G + lambda * m * I_pen) (B - B0) = sum_t z_t^T y_t - G B0``.
-    Only the first ``penalised`` rows of B are shrunk; constants and indicators stay free.
+    Only the first ``penalised`` rows of B are shrunk; constants and indicators are held by a
+    thousandth of their own diagonal, which keeps those solvable that never vary.
 
     Every ``1 / HELD_OUT``-th chunk is held out: lambda is the candidate with the smallest error
     there, the final coefficients use all chunks. Memory is two Gram matrices, whatever the tokens.

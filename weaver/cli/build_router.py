@@ -15,7 +15,20 @@ def build_router(
     run_dir: RunDir,
     router: Annotated[
         str | None,
-        typer.Option(help="mean-gate, representative or random; default: as the method's paper."),
+        typer.Option(help="mean-gate, representative, ridge or random; default: as the method."),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit", help="Re-solve the down projection; default: as the method."
+        ),
+    ] = None,
+    constants: Annotated[
+        bool | None,
+        typer.Option(
+            "--constants/--no-constants",
+            help="Supply the mean output of skipped experts; default: as the method.",
+        ),
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -23,8 +36,12 @@ def build_router(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Build a router for every layer that has routed experts."""
-    settings = load_section(RouterConfig, "router", config, overrides or [], {"kind": router})
+    """Build a router for every layer that has routed experts, and make up for what is skipped.
+
+    What a sequential partition was split behind is taken over, unless asked for otherwise.
+    """
+    flags = {"kind": router, "refit": refit, "constants": constants}
+    settings = load_section(RouterConfig, "router", config, overrides or [], flags)
     from weaver.stages.build_router import build_routers
 
     context = make_context(

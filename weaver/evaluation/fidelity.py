@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weaver.algorithms.contributions import expert_contributions
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.artifacts.types import ExpertLayout, Router
 from weaver.kernels.reference import Routing, route
@@ -60,7 +61,10 @@ def router_fidelity(
         router: the router of the layer.
         expert_bias_ED: constant that an expert adds where it is chosen, (E, D), or None.
     """
-    contribution_TE = expert_contributions(x_TD, weights, layout, expert_bias_ED)
+    hidden_TF = glu_hidden(x_TD, weights)
+    contribution_TE = expert_contributions(
+        hidden_TF, weights.down_FD, layout.experts_EN, expert_bias_ED
+    )
     routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
     oracle_TE = _oracle(contribution_TE, routing, layout)
     chosen_TE = routing.selected_TE()
@@ -82,24 +86,6 @@ def _oracle(contribution_TE: Tensor, routing: Routing, layout: ExpertLayout) -> 
         return none_TE.scatter(1, contribution_TE.topk(layout.top_k, dim=1).indices, value=True)
     pairs_P = contribution_TE.flatten().topk(routing.num_pairs).indices
     return none_TE.flatten().scatter(0, pairs_P, value=True).view_as(none_TE)
-
-
-def expert_contributions(
-    x_TD: Tensor, weights: GluWeights, layout: ExpertLayout, expert_bias_ED: Tensor | None = None
-) -> Tensor:
-    """Squared norm of every routed expert's output for every token, (T, E).
-
-    ``||h_e Wd_e + b_e||^2``, expert by expert: the outputs of all of them, (T, E, D), would not fit
-    where E is large.
-    """
-    columns = []
-    for expert, neurons_N in enumerate(layout.experts_EN):
-        rows = weights.select(neurons_N)
-        output_TD = glu_hidden(x_TD, rows) @ rows.down_FD
-        if expert_bias_ED is not None:
-            output_TD += expert_bias_ED[expert]
-        columns.append(output_TD.square().sum(1))
-    return torch.stack(columns, dim=1)
 
 
 @torch.no_grad()

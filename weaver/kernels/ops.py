@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,22 +22,74 @@ SECONDS_PER_VALUE = 2.5e-9
 SECONDS_PER_EXPERT = 6e-5
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Sizes that decide what an MoE FFN costs.
+
+    Args:
+        hidden_size: D.
+        num_shared: S.
+        num_experts: E; 0 for a dense FFN of S neurons.
+        width: N.
+        num_tokens: T.
+        num_pairs: P, selected pairs of token and expert, T K for top-k.
+        dtype: of the weights.
+        router_rows: R, rows of the router's matrices.
+    """
+
+    hidden_size: int
+    num_shared: int
+    num_experts: int
+    width: int
+    num_tokens: int
+    num_pairs: int
+    dtype: torch.dtype
+    router_rows: int = 0
+
+
+def predicted_seconds(work: Workload, path: Path) -> float:
+    """Seconds that a path is predicted to take on one thread of the CPU in docs/benchmarks.md.
+
+    masked: ``3 D T (S + E N) / rate``; grouped: ``3 D (T S + P N) / rate + P D v + min(E, P) o``;
+    both and ``D T R / rate32`` for the router, which computes in float32.
+
+    Covered are the multiply-adds of all matrices, gathering and adding a row per pair, and the
+    overhead of every expert that is used. Left out are reading the weights, biases and constants,
+    the masks, and the selection. With one or few tokens reading the weights takes longer than
+    multiplying by them: seconds are then too low, and the overhead weighs too much in a ratio of
+    two of them.
+    """
+    slow = MACS_PER_SECOND[torch.float32]
+    rate = MACS_PER_SECOND.get(work.dtype, slow)
+    router = work.hidden_size * work.num_tokens * work.router_rows / slow
+    used = work.num_tokens * work.num_experts if path == "masked" else work.num_pairs
+    neurons = work.num_tokens * work.num_shared + used * work.width
+    seconds = 3 * work.hidden_size * neurons / rate + router
+    if path == "masked":
+        return seconds
+    moved = work.num_pairs * work.hidden_size * SECONDS_PER_VALUE
+    return seconds + moved + min(work.num_experts, work.num_pairs) * SECONDS_PER_EXPERT
+
+
 def predicted_gain(weights: GluWeights, routing: Routing, num_shared: int) -> float:
     """Seconds that the grouped path is predicted to save against the masked one.
 
-    ``3 D (T E - P) N / rate - P D v - min(E, P) o`` with P pairs of token and selected expert, T K
-    of them for top-k: the multiply-adds of the skipped pairs, less gathering and adding a row per
-    pair, less the overhead of every expert that is used.
+    ``3 D (T E - P) N / rate - P D v - min(E, P) o`` with P pairs of token and selected expert, see
+    ``predicted_seconds``: the multiply-adds of the skipped pairs, less what grouping costs.
 
     A function of shapes and dtype alone, P among them. P is what the router selected, not a
     measurement, so the same model gives the same bits for the same input every time.
     """
-    experts, pairs = routing.num_experts, routing.num_pairs
-    width = (weights.intermediate_size - num_shared) // experts
-    hidden = weights.hidden_size
-    rate = MACS_PER_SECOND.get(weights.gate_FD.dtype, MACS_PER_SECOND[torch.float32])
-    saved = 3 * hidden * (routing.num_tokens * experts - pairs) * width / rate
-    return saved - pairs * hidden * SECONDS_PER_VALUE - min(experts, pairs) * SECONDS_PER_EXPERT
+    work = Workload(
+        hidden_size=weights.hidden_size,
+        num_shared=num_shared,
+        num_experts=routing.num_experts,
+        width=(weights.intermediate_size - num_shared) // routing.num_experts,
+        num_tokens=routing.num_tokens,
+        num_pairs=routing.num_pairs,
+        dtype=weights.gate_FD.dtype,
+    )
+    return predicted_seconds(work, "masked") - predicted_seconds(work, "grouped")
 
 
 def choose_path(weights: GluWeights, routing: Routing | None, num_shared: int) -> Path:

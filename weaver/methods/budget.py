@@ -51,8 +51,7 @@ def allocate_slices(
     """Active slices of each layer: the least total predicted KL that the budget allows.
 
     Starting from the smallest measured number everywhere, the slice that lowers the predicted KL
-    most is added until the next one would not fit. A layer all of whose slices are active needs no
-    router.
+    most is added, as long as one fits. A layer all of whose slices are active needs no router.
 
     Args:
         curves: one per layer.
@@ -68,7 +67,7 @@ def allocate_slices(
     if spent > budget:
         raise WeaverError(
             f"the smallest layers cost {spent:.6g} of a budget of {budget:.6g}",
-            why="every layer keeps at least half of the uniform number of active slices",
+            why="every layer keeps at least the smallest number of slices that was tried",
             fix="--allocation uniform, or a lower --sparsity",
         )
     queue = [(hull[1] - hull[0], layer) for layer, hull in enumerate(hulls) if len(hull) > 1]

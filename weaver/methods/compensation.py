@@ -12,9 +12,10 @@ from weaver.algorithms.ridge import ShrunkRegression
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
 from weaver.kernels.reference import route
 
-# Tokens per chunk of the regression; every eighth chunk is held out to choose the shrinkage, so
-# chunks are short enough that a small calibration set has some of each kind.
-_CHUNK_TOKENS = 256
+# The tokens are added in so many chunks, of which every eighth is held out to choose the shrinkage:
+# many enough that text of each kind is on both sides, long enough for full GEMM speed.
+_CHUNKS = 32
+_MAX_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,20 @@ def _accumulate(
     regression = ShrunkRegression(columns, weights.hidden_size, neurons)
     down_FD = weights.down_FD.float()
     sums = _SkipSums(layout)
-    for x_TD in profile.ffn_inputs_ND.float().split(_CHUNK_TOKENS):
-        hidden_TF = glu_hidden(x_TD, weights)
+    # In the dtype of the inputs, as ``sampled_hidden``; sums are float32 or more.
+    typed = weights.to(profile.ffn_inputs_ND.dtype)
+    chunk = min(_MAX_CHUNK_TOKENS, -(-profile.ffn_inputs_ND.shape[0] // _CHUNKS))
+    for x_TD in profile.ffn_inputs_ND.split(chunk):
+        typed_TF = glu_hidden(x_TD, typed)
+        hidden_TF = typed_TF.float()
         chosen_TE = _chosen(x_TD, weights, layout, router)
         sums.add(hidden_TF, chosen_TE)
         if plan.refit:
             z_TP = _regressors(hidden_TF, chosen_TE, layout, plan.constants)
-            regression.add(z_TP, hidden_TF @ down_FD)
+            y_TD = (typed_TF @ typed.down_FD).float()
+            if layout.output_bias_D is not None and not plan.constants:
+                y_TD -= layout.output_bias_D  # the converted layer adds it already
+            regression.add(z_TP, y_TD)
     start_PD = down_FD[layout.permutation]
     if plan.constants:
         start_PD = torch.cat([start_PD, sums.constants(down_FD, layout)])
@@ -95,9 +103,9 @@ def _chosen(
     x_TD: Tensor, weights: GluWeights, layout: ExpertLayout, router: Router | None
 ) -> Tensor:
     if router is None:
-        return x_TD.new_zeros(x_TD.shape[0], 0)
+        return torch.zeros(x_TD.shape[0], 0)
     routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
-    return (routing.factors_TE() != 0).float()
+    return routing.selected_TE().float()
 
 
 def _regressors(

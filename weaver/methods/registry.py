@@ -26,7 +26,6 @@ METHODS: dict[str, MethodSpec[Any]] = {
             sequential=True,
             refit=True,
             constants=True,
-            allocation="fisher",
         ),
         MethodSpec(
             name="expertweaver",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.contributions import expert_contributions
-from weaver.algorithms.glu import GluWeights, glu_hidden
+from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.markers import l1_distances, marker_columns, mean_columns
 from weaver.algorithms.statistics import normalised
 from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKind, Selection
 from weaver.methods.base import RouterFunction
-from weaver.methods.selection import fit_scores, selection_threshold
+from weaver.methods.selection import fit_scores, sampled_hidden, selection_threshold
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def ridge_router(
     del generator
     _require_experts(layout)
     x_TD = profile.ffn_inputs_ND.float()
-    hidden_TF = glu_hidden(x_TD, weights) - profile.hidden_mean_F
+    hidden_TF = sampled_hidden(profile, weights) - profile.hidden_mean_F
     contribution_TE = expert_contributions(hidden_TF, weights.down_FD, layout.experts_EN)
     weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
     if layout.selection == "threshold":

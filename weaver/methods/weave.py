@@ -11,11 +11,18 @@ from torch import Tensor
 from weaver.algorithms.balanced import balanced_assignment, balanced_kmeans
 from weaver.algorithms.contributions import expert_contributions
 from weaver.algorithms.energy import centred_energy
-from weaver.algorithms.glu import glu_hidden
-from weaver.artifacts.types import ExpertLayout, Selection
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Selection
 from weaver.methods.base import LayerProblem, MethodOptions
 from weaver.methods.layouts import expert_layout, routed_top_k, strongest
-from weaver.methods.selection import fit_scores, select
+from weaver.methods.selection import fit_scores, sampled_hidden, select
+
+# FFN inputs on which neurons move between experts: at least so many, and so many per dimension that
+# the router's regression is well posed. More change nothing but the time.
+_CLUSTER_INPUTS = 8192
+_INPUTS_PER_DIMENSION = 4
+
+# Rounds of the seeding k-means: the alternation that follows moves neurons anyway.
+_CLUSTER_ROUNDS = 10
 
 
 class WeaveOptions(MethodOptions):
@@ -35,7 +42,7 @@ class WeaveOptions(MethodOptions):
     shared_share: float = Field(0.25, ge=0, lt=1)
     selection: Selection = "threshold"
     alternations: int = Field(3, ge=0)
-    cluster_tokens: int = Field(2048, gt=0)
+    cluster_tokens: int = Field(1024, gt=0)
 
 
 def partition(
@@ -65,9 +72,10 @@ def partition(
     top_k = routed_top_k(problem, shared_experts)
     shared = problem.leftover_neurons + shared_experts * problem.expert_width
     shared_S, routed_n = strongest(shared_scores(problem, options), shared)
-    x_TD = problem.profile.ffn_inputs_ND.float()
+    profile = _thinned(problem.profile)
+    x_TD = profile.ffn_inputs_ND.float()
     routed = problem.weights.select(routed_n)
-    hidden_Tn = glu_hidden(x_TD, routed) - problem.profile.hidden_mean_F[routed_n]
+    hidden_Tn = sampled_hidden(profile, routed) - profile.hidden_mean_F[routed_n]
     contribution_Tn = hidden_Tn.square() * routed.down_FD.square().sum(1)
     owner_n = _coactivation_clusters(problem, contribution_Tn, options, generator)
     for _ in range(options.alternations):
@@ -87,6 +95,13 @@ def shared_scores(problem: LayerProblem, options: WeaveOptions) -> Tensor:
     return centred_energy(problem.profile.hidden_variance_F, problem.weights.down_FD)
 
 
+def _thinned(profile: LayerProfile) -> LayerProfile:
+    """The profile with as many inputs as the clusters need, evenly spread."""
+    rows, hidden_size = profile.ffn_inputs_ND.shape
+    stride = max(1, rows // max(_CLUSTER_INPUTS, _INPUTS_PER_DIMENSION * hidden_size))
+    return replace(profile, ffn_inputs_ND=profile.ffn_inputs_ND[::stride])
+
+
 def _coactivation_clusters(
     problem: LayerProblem,
     contribution_Tn: Tensor,
@@ -98,4 +113,4 @@ def _coactivation_clusters(
     points_nT = points_nT - points_nT.mean(1, keepdim=True)
     points_nT = torch.nn.functional.normalize(points_nT, dim=1)
     clusters = contribution_Tn.shape[1] // problem.expert_width
-    return balanced_kmeans(points_nT, clusters, generator)[0]
+    return balanced_kmeans(points_nT, clusters, generator, max_iterations=_CLUSTER_ROUNDS)[0]

@@ -106,7 +106,7 @@ class LayerShape:
             neurons * per_neuron
             + self.output_bias * hidden_size
             + self.expert_bias * experts * hidden_size
-            + self._router_matrices * self.n_routed_experts * hidden_size
+            + self.router_rows * hidden_size
             + (self.n_routed_experts * (1 + self.router_bias) if self.router_kind else 0)
         )
 
@@ -124,13 +124,13 @@ class LayerShape:
         """
         experts = self.num_experts_per_tok if mean_experts is None else mean_experts
         neurons = self.num_shared_neurons + experts * self.moe_intermediate_size
-        router_rows = self._router_matrices * self.n_routed_experts
         constants = self.expert_bias * experts * hidden_size
-        return round(2 * hidden_size * (3 * neurons + router_rows) + constants)
+        return round(2 * hidden_size * (3 * neurons + self.router_rows) + constants)
 
     @property
-    def _router_matrices(self) -> int:
-        return {None: 0, "linear": 1, "glu": 2}[self.router_kind]
+    def router_rows(self) -> int:
+        """Rows of the router's matrices: E, or 2 E of a glu router."""
+        return {None: 0, "linear": 1, "glu": 2}[self.router_kind] * self.n_routed_experts
 
 
 @dataclass(frozen=True)

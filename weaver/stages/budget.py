@@ -13,10 +13,13 @@ from torch import Tensor
 from weaver.algorithms.energy import centred_energy
 from weaver.algorithms.glu import glu_forward
 from weaver.artifacts.store import read_json, write_json
+from weaver.artifacts.types import LayerProfile
 from weaver.errors import WeaverError
 from weaver.evaluation.sensitivity import output_gradients, predicted_kl
-from weaver.methods.allocation import active_neurons, adaptive_active_neurons
+from weaver.methods.allocation import adaptive_active_neurons
 from weaver.methods.budget import ErrorCurve, allocate_slices
+from weaver.methods.registry import get_router
+from weaver.models.accounting import LayerShape
 from weaver.models.loading import load_model
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.parents import Calibration
@@ -27,10 +30,10 @@ from weaver.stages.splitter import LayerSplitter
 BUDGET_FILE = "budget.json"
 
 # Calibration tokens for the sensitivities, and as many others on which trial layers are built.
-SENSITIVITY_TOKENS = 4096
+SENSITIVITY_TOKENS = 2048
 
 # Active slices at which a layer is tried, as multiples of the uniform number.
-TRIAL_SHARES = (0.5, 0.75, 1.0, 1.25, 1.5)
+TRIAL_SHARES = (0.6, 1.0, 1.4)
 
 # A static method's neurons are given out in this many slices.
 STATIC_SLICES = 64
@@ -65,10 +68,8 @@ def allocate(context: StageContext, folder: Path, splitter: LayerSplitter) -> Bu
         splitter: method and configuration.
     """
     config, checkpoint = splitter.config, splitter.checkpoint
-    neurons, experts = checkpoint.intermediate_size, splitter.num_experts
-    uniform = active_neurons(neurons, experts, splitter.width, config.sparsity)
     if config.allocation == "uniform":
-        return Budget([uniform] * checkpoint.num_layers)
+        return Budget([splitter.uniform_neurons] * checkpoint.num_layers)
     if config.allocation == "adaptive":
         scores = [
             centred_energy(
@@ -77,13 +78,13 @@ def allocate(context: StageContext, folder: Path, splitter: LayerSplitter) -> Bu
             )
             for layer in range(checkpoint.num_layers)
         ]
-        widths = experts, splitter.width
+        widths = splitter.num_experts, splitter.width
         return Budget(adaptive_active_neurons(scores, *widths, config.sparsity))
     path = folder / BUDGET_FILE
     if not path.exists():
         slices = Slices.of(splitter)
         curves = measure_curves(context, splitter, slices)
-        write_json(path, _divided(curves, slices, config.sparsity, uniform))
+        write_json(path, _divided(curves, slices, config.sparsity, splitter.uniform_neurons))
     found = read_json(path, rebuild="weaver partition --force")
     return Budget(found["active_neurons"], found["predicted_kl"], found["uniform_kl"])
 
@@ -109,7 +110,11 @@ class Slices:
         """The slices of a method."""
         neurons, experts = splitter.checkpoint.intermediate_size, splitter.num_experts
         if experts:
-            return cls(neurons, experts, splitter.width, experts)
+            assert splitter.config.propagate is not None
+            assert splitter.config.propagate.kind is not None
+            kind = get_router(splitter.config.propagate.kind).kind
+            router_rows = LayerShape(0, experts, splitter.width, 1, kind).router_rows
+            return cls(neurons, experts, splitter.width, router_rows)
         count = min(STATIC_SLICES, neurons)
         return cls(neurons, count, neurons // count, 0)
 
@@ -124,7 +129,7 @@ class Slices:
 
     def trials(self, sparsity: float) -> tuple[int, ...]:
         """Numbers of active slices at which a layer is tried."""
-        low = 2 if self.router_rows else 1
+        low = 2 if self.router_rows and self.count > 2 else 1
         uniform = self.count * (1.0 - sparsity)
         sizes = {max(low, round(uniform * share)) for share in TRIAL_SHARES}
         return tuple(sorted(size for size in sizes if size < self.count))
@@ -134,33 +139,73 @@ def measure_curves(
     context: StageContext, splitter: LayerSplitter, slices: Slices
 ) -> list[ErrorCurve]:
     """Error curve of every layer, see ``allocate``."""
-    calibration = splitter.calibration
-    trial = _Trial.prepare(context, calibration)
+    trial = Trial.prepare(context, splitter.calibration)
     sizes = slices.trials(splitter.config.sparsity)
-    curves = []
-    layers = calibration.checkpoint.num_layers
-    with context.progress("partition: budgets", layers) as advance:
+    active = [slices.active(size) for size in sizes]
+    return [
+        ErrorCurve(sizes, tuple(tried.predicted_kl for tried in row), slices.count)
+        for row in try_layers(context, splitter, trial, active, "partition: budgets")
+    ]
+
+
+@dataclass(frozen=True)
+class TriedLayer:
+    """A layer that was converted alone, at one size.
+
+    Args:
+        predicted_kl: nats per token, measured on tokens that it was not fitted on.
+        shape: of the converted FFN.
+    """
+
+    predicted_kl: float
+    shape: LayerShape
+
+
+def try_layers(
+    context: StageContext,
+    splitter: LayerSplitter,
+    trial: Trial,
+    active: Sequence[int],
+    title: str,
+) -> list[list[TriedLayer]]:
+    """Every layer alone at some numbers of active neurons, on the dense model's profiles.
+
+    Args:
+        context: progress.
+        splitter: method and configuration.
+        trial: tokens to fit on and to measure on.
+        active: numbers of active neurons.
+        title: of the progress.
+    Returns:
+        One list per layer, in the order of ``active``.
+    Raises:
+        WeaverError: the method cannot split a layer at one of these sizes.
+    """
+    rows = []
+    layers = splitter.checkpoint.num_layers
+    with context.progress(title, layers) as advance:
         for layer in range(layers):
-            values = [_trial_kl(splitter, trial, layer, slices.active(size)) for size in sizes]
-            curves.append(ErrorCurve(sizes, tuple(values), slices.count))
+            profile = splitter.calibration.profile(layer)
+            rows.append([_try_layer(splitter, trial, layer, profile, size) for size in active])
             advance(f"layer {layer}")
-    return curves
+    return rows
 
 
-def _trial_kl(splitter: LayerSplitter, trial: _Trial, layer: int, active: int) -> float:
-    """Predicted KL of one layer at one size."""
-    profile = splitter.calibration.profile(layer)
+def _try_layer(
+    splitter: LayerSplitter, trial: Trial, layer: int, profile: LayerProfile, active: int
+) -> TriedLayer:
     fit = replace(profile, ffn_inputs_ND=profile.ffn_inputs_ND[trial.fit_n])
     layout = splitter.split(layer, fit, active)
     routed = splitter.route(layer, layout, fit)
     ffn = splitter.converted_ffn(layer, layout, routed, torch.float32)
     x_TD = profile.ffn_inputs_ND[trial.held_out_n].float()
     dense_TD = glu_forward(x_TD, splitter.checkpoint.ffn(layer, torch.float32))
-    return predicted_kl(ffn(x_TD) - dense_TD, trial.gradients_L[layer])
+    kl = predicted_kl(ffn(x_TD) - dense_TD, trial.gradients_L[layer])
+    return TriedLayer(kl, ffn.shape)
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """Rows of the profiles' FFN inputs to fit on and to measure on, and gradients at the latter."""
 
     fit_n: Tensor
@@ -168,11 +213,11 @@ class _Trial:
     gradients_L: list[Tensor]
 
     @classmethod
-    def prepare(cls, context: StageContext, calibration: Calibration) -> _Trial:
+    def prepare(cls, context: StageContext, calibration: Calibration) -> Trial:
         """Choose windows spread over the calibration set, alternately for either purpose.
 
         Raises:
-            WeaverError: there are fewer than two windows.
+            WeaverError: there are fewer than two windows, or no FFN inputs of some were kept.
         """
         checkpoint = calibration.checkpoint
         ids_WT = read_packed_tokens(calibration.folder).input_ids_WT
@@ -180,8 +225,8 @@ class _Trial:
         if windows < 2:
             raise WeaverError(
                 f"{windows} calibration window",
-                why="fisher budgets fit trial layers on some windows and measure them on others",
-                fix="calibrate with more --tokens, or --allocation uniform",
+                why="trial layers are fitted on some windows and measured on others",
+                fix="calibrate with more --tokens; fisher budgets: or --allocation uniform",
             )
         wanted = min(windows, 2 * max(1, SENSITIVITY_TOKENS // length))
         chosen_w = torch.arange(wanted) * windows // wanted
@@ -209,6 +254,13 @@ class _Trial:
         )
         held_out_n = torch.isin(positions_N // length, held_w).nonzero().flatten()
         fit_n = torch.isin(positions_N // length, chosen_w[0::2]).nonzero().flatten()
+        if not fit_n.numel() or not held_out_n.numel():
+            raise WeaverError(
+                f"the profiles keep {positions_N.numel()} of {ids_WT.numel()} FFN inputs, none in "
+                "some windows",
+                why="trial layers are fitted on some windows and measured on others",
+                fix="calibrate with a larger --input-sample-mb",
+            )
         # Rows of the gradients are the tokens of the held-out windows, in order.
         slot_W = torch.zeros(windows, dtype=torch.int64).scatter(
             0, held_w, torch.arange(held_w.numel())

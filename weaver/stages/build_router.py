@@ -15,9 +15,9 @@ from weaver.models.moe import MoEFeedForward
 from weaver.stages.parents import ROUTER_FOLDER, Partition, open_partition
 from weaver.stages.routing import (
     RoutedLayer,
-    has_routed,
     read_routed,
     resolve_router,
+    routed_paths,
     solve_layer,
     write_routed,
 )
@@ -54,21 +54,30 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
         return run.skipped()
     if config.kind is not None and resolved.kind is None:
         context.say(f"note: static layers route nothing, so router {config.kind!r} is not built")
-    if partition.sequential and resolved != partition.propagated:
+    if partition.propagated is not None and resolved != partition.propagated:
         context.say(
-            "note: layers were split behind layers with another router section, "
-            f"{partition.propagated!r}"
+            "note: layers were split behind layers with another router section: "
+            + _differences(partition.propagated, resolved)
         )
     run.begin()
     layers = partition.calibration.checkpoint.num_layers
     with context.progress(STAGE, layers) as advance:
         for layer in range(layers):
             layout = partition.layout(layer)
-            if not has_routed(run.folder, layer, layout, resolved):
+            paths = routed_paths(run.folder, layer, layout, resolved)
+            if not all(run.has_file(path) for path in paths):
                 routed = _solve(partition, resolved, layer, context)
                 write_routed(run.folder, layer, routed)
             advance(f"layer {layer}")
     return run.finish(_summary(run, partition, resolved))
+
+
+def _differences(there: RouterConfig, here: RouterConfig) -> str:
+    """The keys in which two router sections differ, with both values."""
+    theirs, ours = there.model_dump(), here.model_dump()
+    return "; ".join(
+        f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]
+    )
 
 
 def _solve(

@@ -17,13 +17,9 @@ from weaver.models.stream import DecoderStream
 from weaver.stages.budget import Budget, allocate
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.finished import layer_path
-from weaver.stages.parents import (
-    PROFILE_FOLDER,
-    ROUTER_FOLDER,
-    open_calibration,
-)
+from weaver.stages.parents import PROFILE_FOLDER, ROUTER_FOLDER, open_calibration
 from weaver.stages.profiling import Profiler, ResumableStream
-from weaver.stages.routing import read_routed, resolve_router, write_routed
+from weaver.stages.routing import read_routed, resolve_router, routed_paths, write_routed
 from weaver.stages.runner import StageContext, StageRun
 from weaver.stages.splitter import LayerSplitter
 
@@ -124,19 +120,31 @@ def _split_sequentially(
     )
     with context.progress(STAGE, checkpoint.num_layers) as advance:
         for layer in range(checkpoint.num_layers):
-            if not run.has_layer(layer):
+            if not _has_propagated(run, splitter, layer):
                 stream.seek(layer)
                 profile = profiler.observe(stream, checkpoint.ffn(layer, calibration.dtype))
                 layout = splitter.split(layer, profile, budget.active_neurons[layer])
                 routed = splitter.route(layer, layout, profile)
                 write_record(layer_path(profiles, layer), profile)
                 write_routed(routers, layer, routed)
-                # Last: its presence says that the layer is done.
                 write_record(run.layer_path(layer), layout)
                 stream.advance(splitter.converted_ffn(layer, layout, routed, calibration.dtype))
                 stream.save()
             advance(f"layer {layer}")
     stream.discard()
+
+
+def _has_propagated(run: StageRun, splitter: LayerSplitter, layer: int) -> bool:
+    """Whether every file of a layer is there that a sequential split writes."""
+    if not run.has_layer(layer):
+        return False
+    assert splitter.config.propagate is not None
+    layout = read_record(run.layer_path(layer), ExpertLayout)
+    paths = [
+        layer_path(run.folder / PROFILE_FOLDER, layer),
+        *routed_paths(run.folder / ROUTER_FOLDER, layer, layout, splitter.config.propagate),
+    ]
+    return all(run.has_file(path) for path in paths)
 
 
 def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str, Any]:

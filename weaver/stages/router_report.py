@@ -142,6 +142,7 @@ class _ScoredSplitter:
     def split(self, layer: int, profile: LayerProfile) -> tuple[ExpertLayout, Tensor | None]:
         """Layout of one layer, and the scores by which its shared neurons were chosen, (F,)."""
         active_neurons = self._partition.layout(layer).active_neurons
+        self._scores_F = None  # a layer that keeps all of its neurons has none
         return self._splitter.split(layer, profile, active_neurons), self._scores_F
 
     def _noting(

@@ -93,7 +93,7 @@ def solve_layer(
 
 
 def write_routed(folder: Path, layer: int, routed: RoutedLayer) -> None:
-    """Write a layer's records; the router last, whose presence says that the layer is done."""
+    """Write a layer's records."""
     if routed.compensation is not None:
         write_record(layer_path(folder / COMPENSATION_FOLDER, layer), routed.compensation)
     if routed.router is not None:
@@ -105,12 +105,14 @@ def read_routed(folder: Path, layer: int, layout: ExpertLayout) -> RoutedLayer:
     return RoutedLayer(read_router(folder, layer, layout), read_compensation(folder, layer))
 
 
-def has_routed(folder: Path, layer: int, layout: ExpertLayout, config: RouterConfig) -> bool:
-    """Whether ``write_routed`` has finished this layer."""
-    wanted = []
+def routed_paths(
+    folder: Path, layer: int, layout: ExpertLayout, config: RouterConfig
+) -> list[Path]:
+    """The files that ``write_routed`` makes for a layer."""
+    paths = []
     skips = layout.active_neurons < layout.intermediate_size
     if skips and (config.refit or config.constants):
-        wanted.append(layer_path(folder / COMPENSATION_FOLDER, layer))
+        paths.append(layer_path(folder / COMPENSATION_FOLDER, layer))
     if layout.num_routed_experts:
-        wanted.append(layer_path(folder, layer))
-    return all(path.exists() for path in wanted)
+        paths.append(layer_path(folder, layer))
+    return paths

@@ -216,12 +216,15 @@ class StageRun:
         return layer_path(self.folder, layer)
 
     def has_layer(self, layer: int) -> bool:
-        """Whether the layer's file is there, and whole.
+        """``has_file`` of the layer's file."""
+        return self.has_file(self.layer_path(layer))
+
+    def has_file(self, path: Path) -> bool:
+        """Whether a file of tensors is there, and whole.
 
         Raises:
             WeaverError: the file is there, but damaged.
         """
-        path = self.layer_path(layer)
         if not path.exists():
             return False
         check_tensors_file(path, rebuild=f"rm {path}, then rerun {self.command} as before")

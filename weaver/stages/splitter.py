@@ -8,7 +8,7 @@ import torch
 
 from weaver.artifacts.types import ExpertLayout, LayerProfile
 from weaver.config import PartitionConfig
-from weaver.methods.allocation import plan_width
+from weaver.methods.allocation import active_neurons, plan_width
 from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
 from weaver.methods.layouts import dense_layout
 from weaver.models.moe import MoEFeedForward
@@ -25,6 +25,9 @@ class LayerSplitter:
         spec: the method.
         options: its options.
         seed: root of the randomness.
+
+    Raises:
+        WeaverError: the experts can express neither the width nor the sparsity.
     """
 
     def __init__(
@@ -48,6 +51,9 @@ class LayerSplitter:
             )
             if self.num_experts
             else 0
+        )
+        self.uniform_neurons = active_neurons(
+            self.checkpoint.intermediate_size, self.num_experts, self.width, config.sparsity
         )
 
     def split(self, layer: int, profile: LayerProfile, active_neurons: int) -> ExpertLayout:

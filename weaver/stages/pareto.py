@@ -1,0 +1,199 @@
+"""``partition --pareto``: the predicted quality and speed of several layouts, none of them written.
+
+Every layout gives each layer the same number of active neurons; its layers are converted one by one
+on the dense model's profiles, also where the method itself is sequential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from weaver.config import PartitionConfig
+from weaver.errors import WeaverError
+from weaver.kernels.ops import Workload, predicted_seconds
+from weaver.methods.allocation import active_neurons
+from weaver.methods.registry import get_method, resolve_options
+from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.stages.budget import Trial, try_layers
+from weaver.stages.converted import account_of
+from weaver.stages.parents import open_calibration
+from weaver.stages.partition import resolve
+from weaver.stages.runner import StageContext
+from weaver.stages.splitter import LayerSplitter
+
+# Ne that are compared, besides the configured one.
+NUM_EXPERTS = (8, 16, 32, 64)
+
+# Tokens in one forward at which the speed is predicted: decoding, and a prompt.
+SPEED_TOKENS = (1, 512)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one layout is predicted to cost and to give.
+
+    Args:
+        num_experts: Ne, slices of the FFN, shared ones counted in.
+        expert_width: N.
+        active_neurons: A of every layer.
+        sparsity: 1 - A / F, as near to the configured one as whole slices come.
+        predicted_kl: sum of the layers' predicted KL, nats per token.
+        flops_ratio: FFN FLOPs over the dense ones, router included.
+        speedups: predicted dense seconds over converted ones at each of ``SPEED_TOKENS``.
+        optimal: see ``pareto_optimal``.
+    """
+
+    num_experts: int
+    expert_width: int
+    active_neurons: int
+    sparsity: float
+    predicted_kl: float
+    flops_ratio: float
+    speedups: tuple[float, ...]
+    optimal: bool = False
+
+
+def forecast_layouts(
+    context: StageContext, config: PartitionConfig, calibration_folder: Path | None = None
+) -> list[Forecast]:
+    """Try the configured method with several numbers of experts, all layers of equal size.
+
+    Layouts that cannot be made are left out; ``context.say`` gets a line about each. Nothing is
+    written.
+
+    Args:
+        context: run directory, seed, progress.
+        config: method, sparsity, width multiple and options; of the allocation and of sequential
+            profiles nothing is predicted.
+        calibration_folder: a calibrate folder of another run; default: this run's own.
+    Returns:
+        The layouts by ascending Ne.
+    Raises:
+        WeaverError: the method is static, there is no finished calibration or only one window of
+            it, unknown method or options, or no layout can be made.
+    """
+    spec = get_method(config.method)
+    if spec.is_static:
+        raise WeaverError(
+            f"method {spec.name} is static",
+            why="--pareto compares numbers of experts, and a static method has none",
+            fix="--method weave, or leave --pareto out",
+        )
+    options = resolve_options(spec, config.options)
+    calibration = open_calibration(calibration_folder or context.folder("calibrate"))
+    resolved = resolve(config, spec, options)
+    assert resolved.num_experts is not None
+    found: list[Forecast] = []
+    refused: dict[int, WeaverError] = {}
+    layouts: list[tuple[LayerSplitter, int]] = []
+    for count in sorted({*NUM_EXPERTS, resolved.num_experts}):
+        layout = resolved.model_copy(update={"num_experts": count})
+        with _noting(context, count, refused):
+            splitter = LayerSplitter(calibration, layout, spec, options, context.seed)
+            layouts.append((splitter, _uniform(splitter)))
+    if layouts:
+        trial = Trial.prepare(context, calibration)
+        for splitter, active in layouts:
+            with _noting(context, splitter.num_experts, refused):
+                found.append(_forecast(context, splitter, trial, active))
+    if not found:
+        raise _nothing_fits(refused)
+    optimal = pareto_optimal([(row.predicted_kl, row.speedups) for row in found])
+    return [replace(row, optimal=mark) for row, mark in zip(found, optimal, strict=True)]
+
+
+def pareto_optimal(points: Sequence[tuple[float, Sequence[float]]]) -> list[bool]:
+    """Which points no other one dominates.
+
+    A point dominates another if its error is not higher and none of its speed-ups is lower, and if
+    the two differ.
+
+    Args:
+        points: error and speed-ups of each.
+    """
+    gains = [(-error, *speedups) for error, speedups in points]
+    return [
+        not any(
+            other != own and all(theirs >= ours for theirs, ours in zip(other, own, strict=True))
+            for other in gains
+        )
+        for own in gains
+    ]
+
+
+def predicted_speedup(account: ModelAccount, dtype: torch.dtype, tokens: int) -> float:
+    """Dense over converted seconds of all FFNs, each by the faster of its two paths.
+
+    ``predicted_seconds`` says what the prediction covers; a threshold counts with its mean K.
+
+    Args:
+        account: shapes of the converted layers.
+        dtype: of the weights.
+        tokens: tokens in one forward.
+    """
+
+    def seconds(shape: LayerShape) -> float:
+        work = Workload(
+            hidden_size=account.hidden_size,
+            num_shared=shape.num_shared_neurons,
+            num_experts=shape.n_routed_experts,
+            width=shape.moe_intermediate_size,
+            num_tokens=tokens,
+            num_pairs=tokens * shape.num_experts_per_tok,
+            dtype=dtype,
+            router_rows=shape.router_rows,
+        )
+        return min(predicted_seconds(work, "masked"), predicted_seconds(work, "grouped"))
+
+    dense = len(account.layers) * seconds(account.dense_layer)
+    return dense / sum(seconds(layer) for layer in account.layers)
+
+
+@contextmanager
+def _noting(context: StageContext, count: int, refused: dict[int, WeaverError]) -> Iterator[None]:
+    """A layout that cannot be made is said and kept in ``refused``; the others go on."""
+    try:
+        yield
+    except WeaverError as error:
+        refused[count] = error
+        context.say(f"{count} experts left out: {error.what}")
+
+
+def _uniform(splitter: LayerSplitter) -> int:
+    size, sparsity = splitter.checkpoint.intermediate_size, splitter.config.sparsity
+    return active_neurons(size, splitter.num_experts, splitter.width, sparsity)
+
+
+def _forecast(
+    context: StageContext, splitter: LayerSplitter, trial: Trial, active: int
+) -> Forecast:
+    checkpoint = splitter.checkpoint
+    title = f"pareto: {splitter.num_experts} experts"
+    tried = [row[0] for row in try_layers(context, splitter, trial, [active], title)]
+    account = account_of(checkpoint, [layer.shape for layer in tried])
+    return Forecast(
+        num_experts=splitter.num_experts,
+        expert_width=splitter.width,
+        active_neurons=active,
+        sparsity=1.0 - active / checkpoint.intermediate_size,
+        predicted_kl=sum(layer.predicted_kl for layer in tried),
+        flops_ratio=account.ffn_flops / account.dense_ffn_flops,
+        speedups=tuple(
+            predicted_speedup(account, checkpoint.dtype, tokens) for tokens in SPEED_TOKENS
+        ),
+    )
+
+
+def _nothing_fits(refused: dict[int, WeaverError]) -> WeaverError:
+    counts = ", ".join(str(count) for count in sorted(refused))
+    first = refused[max(refused)]
+    return WeaverError(
+        f"no layout of {counts} experts can be made",
+        why=f"{max(refused)} experts: {first.what}",
+        fix=first.fix,
+    )
