@@ -42,7 +42,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibrate(
         context,
         ModelConfig(path=str(MODEL)),
-        CalibrateConfig(tokens=4096, sequence_length=512, input_sample_mb=1),
+        CalibrateConfig(tokens=4096, sequence_length=512, input_sample_mb=8),
     )
     return context.folder("calibrate")
 
@@ -61,13 +61,15 @@ def convert(run_dir: Path, calibration: Path, **settings: Any) -> dict[str, Any]
 
 def test_methods_keep_their_quality_and_their_order(tmp_path: Path, calibration: Path) -> None:
     flap = convert(tmp_path / "flap", calibration, method="flap")
+    weave = convert(tmp_path / "weave", calibration, method="weave")
     routed = convert(tmp_path / "ew", calibration, method="expertweaver")
     chance = convert(tmp_path / "random", calibration, method="random", router="random")
     assert 8 < flap["dense"]["perplexity"] < 30
     assert flap["kl"] < 0.6
     assert routed["kl"] < 1.1
     assert flap["kl"] < routed["kl"] < chance["kl"]
-    for results in (flap, routed, chance):
+    assert weave["kl"] < 0.5 * flap["kl"]
+    for results in (weave, flap, routed, chance):
         assert results["ffn_sparsity"] == pytest.approx(0.25, abs=0.002)
 
 

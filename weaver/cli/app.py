@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +31,7 @@ class WeaverGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
         console = Console(stderr=True, soft_wrap=True)
+        interruption = _Interruption()
         try:
             return super().invoke(ctx)
         except WeaverError as error:
@@ -38,11 +41,29 @@ class WeaverGroup(TyperGroup):
             console.print(f"  why: {_escape(error.why)}", highlight=False)
             console.print(f"  fix: {_escape(error.fix)}", highlight=False)
             raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, Exception) as error:
+            if not (isinstance(error, KeyboardInterrupt) or interruption.seen):
+                raise
             console.print("[red]error:[/red] interrupted", highlight=False)
             console.print("  why: Ctrl-C; finished layers and stages are kept", highlight=False)
             console.print("  fix: rerun the same command to go on", highlight=False)
             raise typer.Exit(1) from error
+
+
+class _Interruption:
+    """Remembers Ctrl-C: native code that is interrupted may raise an error of its own instead.
+
+    torch, for one, turns a ``KeyboardInterrupt`` inside ``torch.tensor`` into a ``ValueError``.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.seen = True
+        signal.default_int_handler(signum, frame)
 
 
 def _escape(text: str) -> str:
