@@ -325,8 +325,8 @@ the oracle chooses too, averaged over layers, on calibration tokens. A table hol
 were run. `results_published.md` has the published methods in more detail.
 
 Rows: "weave" is the default (16 experts, threshold selection, uniform budgets); "top-k" runs
-exactly K experts for every token; "stock" is top-k without constants, which stock runtimes can
-load; "flap, refit" is FLAP with weave's re-solved down projection.
+exactly K experts for every token; "stock" is top-k without constants, the form that a stock
+architecture can hold; "flap, refit" is FLAP with weave's re-solved down projection.
 """
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class WeaverGroup(TyperGroup):
 class _Interruption:
     """Remembers Ctrl-C: native code that is interrupted may raise an error of its own instead.
 
-    torch, for one, turns a ``KeyboardInterrupt`` inside ``torch.tensor`` into a ``ValueError``.
+    torch was seen to raise a ``ValueError`` about a storage's shape in its place.
     """
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from weaver.methods.layouts import expert_layout, routed_top_k, strongest
 from weaver.methods.selection import fit_scores, sampled_hidden, select
 
 # FFN inputs on which neurons move between experts: at least so many, and so many per dimension that
-# the router's regression is well posed. More change nothing but the time.
+# the router's regression is well posed; the final router and the refit use all of them.
 _CLUSTER_INPUTS = 8192
 _INPUTS_PER_DIMENSION = 4
 
@@ -32,8 +32,8 @@ class WeaveOptions(MethodOptions):
         shared_share: share of the active slices that is always active, rounded; at least one active
             slice is routed.
         selection: ``threshold`` runs every expert whose predicted contribution exceeds one
-            threshold per layer, K of them on average; ``top-k`` runs exactly K, which stock
-            runtimes can do.
+            threshold per layer, K of them on average; ``top-k`` runs exactly K, the form that
+            stock architectures hold.
         alternations: rounds in which the router is fitted to the experts and the neurons move to
             the experts that run when they matter; 0 leaves the co-activation clusters.
         cluster_tokens: tokens whose co-activation seeds the experts.
