@@ -8,163 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from results_rows import BASE, Row, Setting, settings
 
 from weaver.artifacts.manifest import MANIFEST
 from weaver.cli.session import make_context, quiet_libraries
-from weaver.config import (
-    CalibrateConfig,
-    EvalConfig,
-    ModelConfig,
-    PartitionConfig,
-    RouterConfig,
-    RunConfig,
-)
-from weaver.evaluation.bootstrap import bootstrap_interval
-from weaver.methods.registry import METHODS
+from weaver.config import ModelConfig, RunConfig
+from weaver.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from weaver.report.tables import format_number, format_percent, markdown_table
 from weaver.stages.lock import locked
 from weaver.stages.pipeline import run_pipeline, stage_calls
 
-DOMAINS = "domains"
-BASE = Path("runs/results")
 STAGES = ("partition", "build-router", "assemble", "eval")
-TASKS = (
-    "mc/arc_easy.jsonl",
-    "mc/piqa.jsonl",
-    "hellaswag/hellaswag_val_full.txt.bz2",
-    "mc/lambada_openai.jsonl",
-)
-TOP_K = {"selection": "top-k"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run: how it differs from the others.
-
-    Args:
-        name: first column, and part of the run directory's name.
-        partition: how FFNs are split.
-        router: router and compensation.
-        seed: of calibration and partition.
-    """
-
-    name: str
-    partition: PartitionConfig
-    router: RouterConfig = field(default_factory=RouterConfig)
-    seed: int = 0
-
-    @property
-    def folder(self) -> str:
-        """Name of the run directory."""
-        return f"{self.name.replace(' ', '-').replace(',', '')}-{self.partition.sparsity:g}"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One table: which text calibrates, which text is measured, which rows there are."""
-
-    name: str
-    title: str
-    calibrate: CalibrateConfig
-    evaluate: EvalConfig
-    rows: tuple[Row, ...]
-
-
-def settings(base: Path) -> list[Setting]:
-    """The tables of docs/results.md."""
-    main = CalibrateConfig(data=("multitask_calib/open.jsonl", DOMAINS), tokens=16384)
-    raw = EvalConfig(data=("wikitext2/wiki.test.rebuilt.raw",), sequence_length=2048, windows=14)
-    valid, test = (str(base / f"{split}.jsonl") for split in ("valid", "test"))
-    matched = CalibrateConfig(data=(valid,), tokens=16384, sequence_length=512)
-    plain = EvalConfig(data=(test,), sequence_length=512, windows=12, dtype="float32")
-    return [
-        Setting(
-            "matched",
-            "Calibration on WikiText-2 valid, measured on its test split",
-            matched,
-            plain,
-            tuple(row for s in (0.25, 0.5) for row in _compared(s)),
-        ),
-        Setting("elements", "Elements of weave", matched, plain, tuple(_elements(0.5))),
-        Setting(
-            "seeds",
-            "Other calibration samples",
-            main,
-            plain,
-            tuple(
-                Row(f"{name} seed {seed}", PartitionConfig(method=name, sparsity=0.5), seed=seed)
-                for seed in (0, 1, 2)
-                for name in ("weave", "flap")
-            ),
-        ),
-        Setting(
-            "main",
-            "Multi-task and multi-domain calibration, raw WikiText-2 test",
-            main,
-            raw,
-            tuple(_published(name, s) for s in (0.25, 0.5) for name in METHODS),
-        ),
-        Setting(
-            "tasks",
-            "Zero-shot tasks",
-            main,
-            raw.model_copy(update={"windows": 1, "tasks": TASKS, "task_limit": 500}),
-            tuple(_published(name, 0.5) for name in ("weave", "flap", "cmoe", "expertweaver")),
-        ),
-    ]
-
-
-def _published(method: str, sparsity: float) -> Row:
-    # These two look at no activation, so profiling behind converted layers changes nothing.
-    blind = method in ("random", "weight-kmeans")
-    partition = PartitionConfig(method=method, sparsity=sparsity, sequential=not blind)
-    return Row(method, partition)
-
-
-def _compared(sparsity: float) -> list[Row]:
-    """weave and its variants beside the published methods and the strongest static baseline."""
-    weave = PartitionConfig(method="weave", sparsity=sparsity)
-    static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True)
-    refit = RouterConfig(refit=True, constants=True)
-    return [
-        Row("weave", weave),
-        Row("weave, 8 experts", weave.model_copy(update={"num_experts": 8})),
-        Row("weave, top-k", weave.model_copy(update={"options": TOP_K})),
-        Row(
-            "weave, stock",
-            weave.model_copy(update={"options": TOP_K}),
-            RouterConfig(constants=False),
-        ),
-        Row("flap", static),
-        Row("flap, refit", static, refit),
-        Row("flap, refit, fisher", static.model_copy(update={"allocation": "fisher"}), refit),
-        _published("cmoe", sparsity),
-        _published("expertweaver", sparsity),
-    ]
-
-
-def _elements(sparsity: float) -> list[Row]:
-    """weave with one element changed at a time."""
-
-    def changed(**values: Any) -> PartitionConfig:
-        return PartitionConfig(method="weave", sparsity=sparsity, **values)
-
-    return [
-        Row("weave", changed()),
-        Row("fisher budgets", changed(allocation="fisher")),
-        Row("no refit", changed(), RouterConfig(refit=False)),
-        Row("no constants", changed(), RouterConfig(constants=False)),
-        Row("one-shot", changed(sequential=False)),
-        Row("no alternation", changed(options={"alternations": 0})),
-        Row("half shared", changed(options={"shared_share": 0.5})),
-        Row("64 experts", changed(num_experts=64)),
-        Row("mean-gate router, top-k", changed(options=TOP_K), RouterConfig(kind="mean-gate")),
-    ]
 
 
 def write_texts(base: Path, data_dir: Path) -> None:
@@ -177,12 +36,12 @@ def write_texts(base: Path, data_dir: Path) -> None:
 
 def is_finished(setting: Setting, row: Row) -> bool:
     """Whether a row has been evaluated."""
-    return (BASE / setting.name / row.folder / "eval" / MANIFEST).exists()
+    return (setting.run_dir(row) / "eval" / MANIFEST).exists()
 
 
 def run_row(setting: Setting, row: Row, model: str, data_dir: Path) -> dict[str, Any]:
     """Convert and evaluate one row; its results.json. Finished stages are skipped."""
-    print(setting.name, row.folder, flush=True)
+    print(setting.group, row.folder, flush=True)
     config = RunConfig(
         model=ModelConfig(path=model),
         calibrate=setting.calibrate,
@@ -190,12 +49,13 @@ def run_row(setting: Setting, row: Row, model: str, data_dir: Path) -> dict[str,
         router=row.router,
         eval=setting.evaluate,
     )
-    shared = BASE / f"calibrate-{'matched' if DOMAINS not in setting.calibrate.data else 'main'}"
-    shared = shared.with_name(f"{shared.name}-{row.seed}")
+    shared = setting.calibration_dir(row)
     context = make_context(shared, seed=row.seed, force=False, dry_run=False, data_dir=data_dir)
-    with locked(shared):
+    # Reading a finished calibration needs no lock: rows may run side by side.
+    finished = (shared / "calibrate" / MANIFEST).exists()
+    with nullcontext() if finished else locked(shared):
         stage_calls(config)["calibrate"](context)
-    run_dir = BASE / setting.name / row.folder
+    run_dir = setting.run_dir(row)
     calls = stage_calls(config, shared / "calibrate")
     context = make_context(run_dir, seed=row.seed, force=False, dry_run=False, data_dir=data_dir)
     manifests: dict[str, Any] = {}
@@ -216,27 +76,27 @@ def table(results: list[dict[str, Any]]) -> str:
         "method",
         "FFN sparsity",
         "KL (95% interval)",
-        "KL against the first row (95% interval)",
+        "KL against weave (95% interval)",
         "perplexity",
         "top-1 agreement",
         "FFN FLOPs, measured",
         "router agreement (by chance)",
     )
     rows = []
-    first: dict[str, Any] = {}
+    first: dict[str, Any] | None = None
     for result in results:
         sparsity = result["row"].partition.sparsity
         generator = torch.Generator().manual_seed(0)
         mean, low, high = bootstrap_interval(result["windows"]["kl"], generator)
-        if first.get("sparsity") != sparsity:
-            first = {"sparsity": sparsity, "kl": result["windows"]["kl"]}
+        if result["row"].name == "weave":
+            first = result["windows"]
         flops = result["measured_ffn_flops_per_token"] / result["dense"]["ffn_flops_per_token"]
         rows.append(
             (
                 result["row"].name,
                 format_percent(sparsity),
                 f"{mean:.3f} ({low:.3f}-{high:.3f})",
-                difference(result["windows"]["kl"], first["kl"]),
+                difference(result["windows"]["kl"], first["kl"] if first else None),
                 format_number(result["moe"]["perplexity"]),
                 format_percent(result["top1_agreement"]),
                 f"{flops:.3f}",
@@ -246,13 +106,12 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown_table(headers, rows)
 
 
-def difference(kl: list[float], reference: list[float]) -> str:
+def difference(kl: list[float], reference: list[float] | None) -> str:
     """Mean difference of two rows' KL with a paired bootstrap interval over windows."""
-    if kl == reference:
+    if reference is None or kl == reference:
         return "-"
-    apart = [a - b for a, b in zip(kl, reference, strict=True)]
-    mean, low, high = bootstrap_interval(apart, torch.Generator().manual_seed(0))
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    interval = paired_bootstrap(kl, reference, torch.Generator().manual_seed(0))
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval)
 
 
 def router_agreement(layers: list[dict[str, float]]) -> str:
@@ -298,7 +157,7 @@ def main() -> None:
     quiet_libraries()
     write_texts(BASE, arguments.data_dir)
     parts = [HEADER.format(model=Path(arguments.model).name)]
-    for setting in settings(BASE):
+    for setting in settings():
         if arguments.settings and setting.name not in arguments.settings:
             continue
         rows = [row for row in setting.rows if not arguments.rows or row.folder in arguments.rows]

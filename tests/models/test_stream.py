@@ -13,7 +13,7 @@ from torch import Tensor
 from weaver.models import stream as stream_module
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.moe import MoEFeedForward
-from weaver.models.stream import DecoderStream, DenseFfn
+from weaver.models.stream import DecoderStream, DenseFfn, InputTap
 
 LENGTH = 3 * SLIDING_WINDOW
 
@@ -110,8 +110,7 @@ def test_looking_without_writing(open_tiny: OpenTiny, tmp_path: Path) -> None:
     stream = DecoderStream(checkpoint, torch.float32, ids_WT)
     hidden_WTD = stream.embed(tmp_path)
     before, seen = hidden_WTD.clone(), []
-    ffn = DenseFfn(checkpoint.ffn(0, torch.float32), lambda x_TD: seen.append(x_TD.clone()))
-    stream.run(0, ffn, hidden_WTD, write=False)
+    stream.run(0, InputTap(lambda x_TD: seen.append(x_TD.clone())), hidden_WTD, write=False)
     assert torch.equal(hidden_WTD, before)
     assert torch.cat(seen).shape == (2 * LENGTH, 32)
     model, inputs = tiny_model("olmo2"), []
@@ -121,6 +120,18 @@ def test_looking_without_writing(open_tiny: OpenTiny, tmp_path: Path) -> None:
     with torch.no_grad():
         model(ids_WT, use_cache=False)
     torch.testing.assert_close(torch.cat(seen), inputs[0].flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tap_sees_what_the_ffn_sees(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    checkpoint, ids_WT = open_tiny("gemma2"), random_ids(2, LENGTH)
+    stream = DecoderStream(checkpoint, torch.float32, ids_WT)
+    hidden_WTD = stream.embed(tmp_path)
+    tapped: list[Tensor] = []
+    observed: list[Tensor] = []
+    stream.run(0, InputTap(lambda x_TD: tapped.append(x_TD.clone())), hidden_WTD, write=False)
+    ffn = DenseFfn(checkpoint.ffn(0, torch.float32), lambda x_TD: observed.append(x_TD.clone()))
+    stream.run(0, ffn, hidden_WTD, write=True)
+    assert torch.equal(torch.cat(tapped), torch.cat(observed))
 
 
 def test_an_observer_does_not_change_a_bit(open_tiny: OpenTiny, tmp_path: Path) -> None:

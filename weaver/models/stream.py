@@ -64,6 +64,22 @@ class DenseFfn(nn.Module):
         return glu_forward(x_TD, self.weights).view_as(hidden_states)
 
 
+class InputTap(nn.Module):
+    """Shows an FFN's inputs to an observer and computes nothing.
+
+    For passes whose outputs are thrown away: the FFN is the last thing in a decoder layer that
+    could change what it is shown.
+    """
+
+    def __init__(self, observer: FfnObserver) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.observer(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        return hidden_states
+
+
 class DecoderStream:
     """A decoder whose layers are materialised one by one.
 

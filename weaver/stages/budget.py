@@ -21,6 +21,7 @@ from weaver.methods.budget import ErrorCurve, allocate_slices
 from weaver.methods.registry import get_router
 from weaver.models.accounting import LayerShape
 from weaver.models.loading import load_model
+from weaver.models.moe import MoEFeedForward
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.parents import Calibration
 from weaver.stages.profiling import kept_positions
@@ -194,23 +195,38 @@ def try_layers(
 def _try_layer(
     splitter: LayerSplitter, trial: Trial, layer: int, profile: LayerProfile, active: int
 ) -> TriedLayer:
-    fit = replace(profile, ffn_inputs_ND=profile.ffn_inputs_ND[trial.fit_n])
-    layout = splitter.split(layer, fit, active)
-    routed = splitter.route(layer, layout, fit)
-    ffn = splitter.converted_ffn(layer, layout, routed, torch.float32)
+    ffn = convert_alone(splitter, trial, layer, profile, active)
     x_TD = profile.ffn_inputs_ND[trial.held_out_n].float()
     dense_TD = glu_forward(x_TD, splitter.checkpoint.ffn(layer, torch.float32))
     kl = predicted_kl(ffn(x_TD) - dense_TD, trial.gradients_L[layer])
     return TriedLayer(kl, ffn.shape)
 
 
+def convert_alone(
+    splitter: LayerSplitter, trial: Trial, layer: int, profile: LayerProfile, active: int
+) -> MoEFeedForward:
+    """One layer, split, routed and compensated from the trial's tokens, float32."""
+    fit = replace(profile, ffn_inputs_ND=profile.ffn_inputs_ND[trial.fit_n])
+    layout = splitter.split(layer, fit, active)
+    routed = splitter.route(layer, layout, fit)
+    return splitter.converted_ffn(layer, layout, routed, torch.float32)
+
+
 @dataclass(frozen=True)
 class Trial:
-    """Rows of the profiles' FFN inputs to fit on and to measure on, and gradients at the latter."""
+    """What trial layers are fitted on and measured on.
+
+    Args:
+        fit_n: rows of the profiles' FFN inputs to fit on.
+        held_out_n: rows to measure on.
+        gradients_L: Fisher gradients at the latter, one (T, D) per layer.
+        windows_WT: the windows that the latter come from.
+    """
 
     fit_n: Tensor
     held_out_n: Tensor
     gradients_L: list[Tensor]
+    windows_WT: Tensor
 
     @classmethod
     def prepare(cls, context: StageContext, calibration: Calibration) -> Trial:
@@ -267,7 +283,8 @@ class Trial:
         )
         kept_n = positions_N[held_out_n]
         rows_n = slot_W[kept_n // length] * length + kept_n % length
-        return cls(fit_n, held_out_n, [gradient_TD[rows_n] for gradient_TD in gradients_L])
+        gradients_L = [gradient_TD[rows_n] for gradient_TD in gradients_L]
+        return cls(fit_n, held_out_n, gradients_L, ids_WT[held_w])
 
 
 def _divided(

@@ -14,6 +14,10 @@ from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES
 # markers, and one temporary of the activation.
 _OBSERVED_TENSORS = 5
 
+# (F, F) tensors alive at once while a down projection is re-solved: two Gram matrices, their sum,
+# the shrunk one and its Cholesky factor.
+_REFIT_TENSORS = 5
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -22,7 +26,8 @@ class Estimate:
     Args:
         memory: of the stages that go layer by layer.
         eval_memory: of eval and bench, which hold both models.
-        profile_disk: of the calibrate folder, and again of a sequential partition.
+        profile_disk: of the calibrate folder, and again of a sequential partition; re-solved down
+            projections included.
         model_disk: of the converted model.
     """
 
@@ -36,8 +41,8 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     """Estimate a configuration's needs on a model.
 
     Peak = hidden states (up to the spill limit) + one decoder layer, its FFN twice more in float32
-    for the method + the activations of one batch. The number of samples is taken as one in 200
-    tokens, which sets the size of the per-sample means.
+    for the method + the activations of one batch, or the matrices of a refit. The number of samples
+    is taken as one in 200 tokens, which sets the size of the per-sample means.
     """
     calibrate = config.calibrate
     D, F, L = checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.num_layers
@@ -52,10 +57,14 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     spec = get_method(config.partition.method)
     sequential = config.partition.sequential
     copies = 2 if (spec.sequential if sequential is None else sequential) else 1
+    refit = spec.refit if config.router.refit is None else config.router.refit
+    # A sequential partition and build-router each keep the re-solved projections.
+    solved = D * F * 4 if refit else 0
+    work = max(batch, _REFIT_TENSORS * F * F * 4 if refit else 0)
     eval_itemsize = checkpoint.resolve_dtype(config.eval.dtype).itemsize
     return Estimate(
-        memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + batch + profile,
+        memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + work + profile,
         eval_memory=2 * parameters * eval_itemsize,
-        profile_disk=copies * L * profile + calibrate.tokens * D * itemsize,
+        profile_disk=copies * L * (profile + solved) + calibrate.tokens * D * itemsize,
         model_disk=parameters * checkpoint.resolve_dtype(config.assemble.dtype).itemsize,
     )

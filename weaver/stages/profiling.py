@@ -16,7 +16,7 @@ from weaver.artifacts.types import LayerProfile
 from weaver.config import CalibrateConfig
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
-from weaver.models.stream import SPILL_FILE, DecoderStream, DenseFfn
+from weaver.models.stream import SPILL_FILE, DecoderStream, DenseFfn, FfnObserver, InputTap
 
 HIDDEN_STATES = "hidden_states.safetensors"
 
@@ -54,9 +54,9 @@ class ResumableStream:
         self.stream.run(self.next_layer, ffn, self.hidden_WTD, write=True)
         self.next_layer += 1
 
-    def observe(self, ffn: nn.Module) -> None:
-        """Run the next layer with the given FFN, but stay in front of it."""
-        self.stream.run(self.next_layer, ffn, self.hidden_WTD, write=False)
+    def observe(self, observer: FfnObserver) -> None:
+        """Show the inputs of the next layer's FFN, but stay in front of the layer."""
+        self.stream.run(self.next_layer, InputTap(observer), self.hidden_WTD, write=False)
 
     def save(self) -> None:
         """Write the copy."""
@@ -128,9 +128,9 @@ class Profiler:
 
     def advance(self, stream: ResumableStream, weights: GluWeights) -> LayerProfile:
         """Profile the dense layer and step past it in the same pass."""
-        return self._profile(weights, stream.advance)
+        return self._profile(weights, lambda show: stream.advance(DenseFfn(weights, show)))
 
-    def _profile(self, weights: GluWeights, run: Callable[[nn.Module], None]) -> LayerProfile:
+    def _profile(self, weights: GluWeights, run: Callable[[FfnObserver], None]) -> LayerProfile:
         ids_T = self.packed.sample_ids_WT.reshape(-1)
         statistics = LayerStatistics(
             weights,
@@ -146,5 +146,5 @@ class Profiler:
             statistics.update(x_TD, ids_T[seen : seen + tokens])
             seen += tokens
 
-        run(DenseFfn(weights, observer))
+        run(observer)
         return statistics.finish(self.packed.sample_groups_M)

@@ -1,0 +1,170 @@
+"""Which conversions docs/results.md compares: calibration text, measured text and rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weaver.config import CalibrateConfig, EvalConfig, PartitionConfig, RouterConfig
+
+BASE = Path("runs/results")
+SPARSITIES = (0.25, 0.5)
+PUBLISHED = ("flap", "cmoe", "expertweaver")
+TOP_K = {"selection": "top-k"}
+REFIT = RouterConfig(refit=True, constants=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: how it differs from the others.
+
+    Args:
+        name: first column, and part of the run directory's name.
+        partition: how FFNs are split.
+        router: router and compensation.
+        seed: of calibration and partition.
+    """
+
+    name: str
+    partition: PartitionConfig
+    router: RouterConfig = field(default_factory=RouterConfig)
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Name of the run directory."""
+        parts = [self.name.replace(" ", "-").replace(",", ""), f"{self.partition.sparsity:g}"]
+        return "-".join(parts + ([f"seed{self.seed}"] if self.seed else []))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table.
+
+    Args:
+        name: what ``--settings`` takes.
+        group: folder of its runs; tables with the same texts share it, and with it their rows.
+        title: heading of the table.
+        calibrate: text that calibrates.
+        evaluate: text that is measured.
+        rows: the runs.
+    """
+
+    name: str
+    group: str
+    title: str
+    calibrate: CalibrateConfig
+    evaluate: EvalConfig
+    rows: tuple[Row, ...]
+
+    def run_dir(self, row: Row) -> Path:
+        """Run directory of a row."""
+        return BASE / self.group / row.folder
+
+    def calibration_dir(self, row: Row) -> Path:
+        """Run directory of the calibration that rows of one seed share."""
+        return BASE / f"calibrate-{self.group}-{row.seed}"
+
+
+def settings() -> list[Setting]:
+    """The tables of docs/results.md."""
+    valid, test = (str(BASE / f"{split}.jsonl") for split in ("valid", "test"))
+    matched = (
+        "matched",
+        CalibrateConfig(data=(valid,), tokens=16384, sequence_length=512),
+        EvalConfig(data=(test,), sequence_length=512, windows=12, dtype="float32"),
+    )
+    main = (
+        "main",
+        CalibrateConfig(data=("multitask_calib/open.jsonl", "domains"), tokens=16384),
+        EvalConfig(data=("wikitext2/wiki.test.rebuilt.raw",), sequence_length=2048, windows=14),
+    )
+
+    def table(
+        name: str, title: str, texts: tuple[str, CalibrateConfig, EvalConfig], rows: list[Row]
+    ) -> Setting:
+        group, calibrate, evaluate = texts
+        return Setting(name, group, title, calibrate, evaluate, tuple(rows))
+
+    return [
+        table(
+            "matched",
+            "Calibration on WikiText-2 valid, measured on its test split",
+            matched,
+            [
+                *_compared(0.25),
+                # Below every other row's FLOPs, the threshold's drift and the router included.
+                weave("weave, one slice less", 0.3125),
+                *_compared(0.5),
+            ],
+        ),
+        table("elements", "Elements of weave", matched, _elements(0.5)),
+        table(
+            "main",
+            "Multi-task and multi-domain calibration, raw WikiText-2 test",
+            main,
+            [row for sparsity in SPARSITIES for row in main_rows(sparsity)],
+        ),
+        table(
+            "seeds",
+            "Other calibration samples of the same mixture",
+            main,
+            [
+                Row(name, _published(name, 0.5).partition, seed=seed)
+                for seed in (0, 1, 2)
+                for name in ("weave", "flap")
+            ],
+        ),
+    ]
+
+
+def main_rows(sparsity: float) -> list[Row]:
+    """weave, the published methods, and FLAP with everything of weave that it can take."""
+    static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True, allocation="fisher")
+    return [
+        weave("weave", sparsity),
+        weave("weave, 8 experts", sparsity, num_experts=8),
+        Row("flap, refit, fisher", static, REFIT),
+        *(_published(name, sparsity) for name in PUBLISHED),
+    ]
+
+
+def weave(name: str, sparsity: float, router: RouterConfig | None = None, **values: Any) -> Row:
+    """weave with some values of its partition changed."""
+    partition = PartitionConfig(method="weave", sparsity=sparsity, **values)
+    return Row(name, partition, router or RouterConfig())
+
+
+def _published(method: str, sparsity: float) -> Row:
+    return Row(method, PartitionConfig(method=method, sparsity=sparsity, sequential=True))
+
+
+def _compared(sparsity: float) -> list[Row]:
+    """weave and its variants beside the published methods and the strongest static baseline."""
+    static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True)
+    return [
+        weave("weave", sparsity),
+        weave("weave, 8 experts", sparsity, num_experts=8),
+        weave("weave, top-k", sparsity, options=TOP_K),
+        weave("weave, stock", sparsity, RouterConfig(constants=False), options=TOP_K),
+        Row("flap, refit", static, REFIT),
+        Row("flap, refit, fisher", static.model_copy(update={"allocation": "fisher"}), REFIT),
+        *(_published(name, sparsity) for name in ("flap", "cmoe")),
+    ]
+
+
+def _elements(sparsity: float) -> list[Row]:
+    """weave with one element changed at a time."""
+    return [
+        weave("weave", sparsity),
+        weave("weave, fisher", sparsity, allocation="fisher"),
+        weave("no refit", sparsity, RouterConfig(refit=False)),
+        weave("no constants", sparsity, RouterConfig(constants=False)),
+        weave("one-shot", sparsity, sequential=False),
+        weave("no alternation", sparsity, options={"alternations": 0}),
+        weave("half shared", sparsity, options={"shared_share": 0.5}),
+        weave("64 experts", sparsity, num_experts=64),
+        weave("weave, top-k", sparsity, options=TOP_K),
+        weave("mean-gate router, top-k", sparsity, RouterConfig(kind="mean-gate"), options=TOP_K),
+    ]
