@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from results_rows import BASE, SPARSITIES, weave
+from results_rows import RUNS, SPARSITIES, weave
 from scipy.stats import spearmanr
 
 from weaver.algorithms.glu import glu_forward
@@ -98,8 +98,8 @@ def model_table(group: Path) -> str:
 def main() -> None:
     """Measure and write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calibration", type=Path, default=BASE / "calibrate-matched-0")
-    parser.add_argument("--group", type=Path, default=BASE / "matched", help="Finished rows.")
+    parser.add_argument("--calibration", type=Path, default=RUNS / "calibrate-matched-0")
+    parser.add_argument("--group", type=Path, default=RUNS / "matched", help="Finished rows.")
     parser.add_argument("--every", type=int, default=2, help="Check every n-th layer.")
     parser.add_argument("--out", type=Path, default=Path("docs/prediction.md"))
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Make docs/results.md: every method at several sparsities on a real model, from measured runs.
 
-Each row is a run directory below runs/results, so that an interrupted script goes on where it
+Each row is a run directory below --runs, so that an interrupted script goes on where it
 stopped and every number can be looked up in a results.json. Run it through ``make results``.
 """
 
@@ -12,14 +12,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from results_rows import BASE, Row, Setting, settings
+from results_rows import RUNS, Row, Setting, settings
+from results_tables import describe
 
 from weaver.artifacts.manifest import MANIFEST
 from weaver.cli.session import make_context, quiet_libraries
 from weaver.config import ModelConfig, RunConfig
-from weaver.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
-from weaver.report.tables import format_number, format_percent, markdown_table
 from weaver.stages.lock import locked
 from weaver.stages.pipeline import run_pipeline, stage_calls
 
@@ -40,7 +38,11 @@ def is_finished(setting: Setting, row: Row) -> bool:
 
 
 def run_row(setting: Setting, row: Row, model: str, data_dir: Path) -> dict[str, Any]:
-    """Convert and evaluate one row; its results.json. Finished stages are skipped."""
+    """Convert and evaluate one row; finished stages are skipped.
+
+    Returns:
+        Its results.json, with the row and with build-router's fidelity per layer.
+    """
     print(setting.group, row.folder, flush=True)
     config = RunConfig(
         model=ModelConfig(path=model),
@@ -64,84 +66,9 @@ def run_row(setting: Setting, row: Row, model: str, data_dir: Path) -> dict[str,
         run_pipeline(context, chosen, lambda stage, manifest: manifests.update({stage: manifest}))
     result: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
     result["row"] = row
-    result["router"] = manifests["build-router"].summary
-    result["partition"] = manifests["partition"].summary
+    result["fidelity"] = manifests["build-router"].summary["layers"]
     print(f"  KL {result['kl']:.4f} perplexity {result['moe']['perplexity']:.2f}", flush=True)
     return result
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """One row per run."""
-    headers = (
-        "method",
-        "FFN sparsity",
-        "KL (95% interval)",
-        "KL against weave (95% interval)",
-        "perplexity",
-        "top-1 agreement",
-        "FFN FLOPs, measured",
-        "router agreement (by chance)",
-    )
-    rows = []
-    first: dict[str, Any] | None = None
-    for result in results:
-        sparsity = result["row"].partition.sparsity
-        generator = torch.Generator().manual_seed(0)
-        mean, low, high = bootstrap_interval(result["windows"]["kl"], generator)
-        if result["row"].name == "weave":
-            first = result["windows"]
-        flops = result["measured_ffn_flops_per_token"] / result["dense"]["ffn_flops_per_token"]
-        rows.append(
-            (
-                result["row"].name,
-                format_percent(sparsity),
-                f"{mean:.3f} ({low:.3f}-{high:.3f})",
-                difference(result["windows"]["kl"], first["kl"] if first else None),
-                format_number(result["moe"]["perplexity"]),
-                format_percent(result["top1_agreement"]),
-                f"{flops:.3f}",
-                router_agreement(result["router"]["layers"]),
-            )
-        )
-    return markdown_table(headers, rows)
-
-
-def difference(kl: list[float], reference: list[float] | None) -> str:
-    """Mean difference of two rows' KL with a paired bootstrap interval over windows."""
-    if reference is None or kl == reference:
-        return "-"
-    interval = paired_bootstrap(kl, reference, torch.Generator().manual_seed(0))
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval)
-
-
-def router_agreement(layers: list[dict[str, float]]) -> str:
-    """Mean over layers of the share of chosen experts that the oracle chooses too."""
-    if not layers:
-        return "-"
-    means = (
-        sum(layer[key] for layer in layers) / len(layers)
-        for key in ("oracle_agreement", "chance_agreement")
-    )
-    return "{:.1%} ({:.1%})".format(*means)
-
-
-def describe(setting: Setting, results: list[dict[str, Any]]) -> str:
-    """A setting's heading, circumstances and table."""
-    first = results[0]
-    evaluate, calibrate = setting.evaluate, setting.calibrate
-    return "\n".join(
-        [
-            f"## {setting.title}",
-            "",
-            f"Calibration: {calibrate.tokens} tokens of {', '.join(calibrate.data)} in windows of "
-            f"{calibrate.sequence_length}. Evaluation: the first {evaluate.windows} windows of "
-            f"{evaluate.sequence_length} tokens of {', '.join(evaluate.data)} "
-            f"({first['tokens']} predicted tokens). Dense perplexity "
-            f"{format_number(first['dense']['perplexity'])}.",
-            "",
-            table(results),
-        ]
-    )
 
 
 def main() -> None:
@@ -149,15 +76,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--model", default="models/smollm2-135m", help="Any local checkpoint.")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="One folder per model.")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--settings", nargs="+", help="Only these tables, on the terminal.")
     parser.add_argument("--finished", action="store_true", help="Run nothing; finished rows only.")
     parser.add_argument("--rows", nargs="+", help="Only rows whose folder is named here.")
     arguments = parser.parse_args()
     quiet_libraries()
-    write_texts(BASE, arguments.data_dir)
+    write_texts(arguments.runs, arguments.data_dir)
     parts = [HEADER.format(model=Path(arguments.model).name)]
-    for setting in settings():
+    for setting in settings(arguments.runs):
         if arguments.settings and setting.name not in arguments.settings:
             continue
         rows = [row for row in setting.rows if not arguments.rows or row.folder in arguments.rows]
@@ -175,7 +103,7 @@ def main() -> None:
 HEADER = """# Results
 
 Made by `scripts/make_results.py` (`make results DATA_DIR=...`) on {model}: converted in the
-checkpoint's dtype (bfloat16), measured as the table says. Every method gets the same calibration
+checkpoint's dtype, measured as the table says. Every method gets the same calibration
 tokens. FFN sparsity is what was asked for; "FFN FLOPs, measured" is what the evaluated tokens
 really cost, router, constants and the realised number of experts counted, over the dense FFN's.
 KL is KL(dense || converted) in nats per token, with a bootstrap interval over windows; differences

@@ -1,8 +1,8 @@
 """Make docs/tasks.md: zero-shot accuracy of the conversions that docs/results.md compares.
 
 Scores the models that ``make_results.py`` leaves in the run directories of its main table, item by
-item, and the dense model once. Every finished task is a JSON file below runs/results/tasks, so that
-an interrupted script goes on where it stopped.
+item, and the dense model once. Every finished task is a JSON file below --runs, so that an
+interrupted script goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from results_rows import BASE, SPARSITIES, main_rows
+from results_rows import RUNS, SPARSITIES, main_rows
 from transformers import AutoTokenizer, PreTrainedModel
 
 from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.results import TaskResult
 from weaver.artifacts.store import write_json
 from weaver.cli.session import make_context, quiet_libraries
+from weaver.config import ModelConfig
 from weaver.data.sources import find_path
 from weaver.evaluation.bootstrap import paired_bootstrap
 from weaver.evaluation.tasks import run_task
+from weaver.models.checkpoint import Checkpoint
 from weaver.models.loading import load_model
 from weaver.report.tables import format_percent, markdown_table
 from weaver.stages.converted import open_converted
@@ -59,20 +61,20 @@ class Scored:
 
 
 def score(
-    label: str,
+    folder: Path,
     load: Callable[[], PreTrainedModel],
     tokenizer_from: Path,
     data_dir: Path,
     limit: int,
 ) -> tuple[TaskResult, ...]:
-    """Results of one model; the model is loaded only if a task is missing."""
+    """Results of one model, kept in ``folder``; the model is loaded only if a task is missing."""
     model: PreTrainedModel | None = None
     results = []
     for name in TASKS:
         file = find_path(name, data_dir)
-        path = BASE / "tasks" / f"{label}-{limit}" / f"{file.name.partition('.')[0]}.json"
+        path = folder / f"{file.name.partition('.')[0]}.json"
         if not path.exists():
-            print(label, file.name, flush=True)
+            print(folder.name, file.name, flush=True)
             model = model or load()
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
             result = run_task(model, tokenizer, file, limit=limit)
@@ -136,27 +138,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
+    parser.add_argument("--runs", type=Path, default=RUNS, help="As of make_results.py.")
     parser.add_argument("--limit", type=int, default=500, help="Items per task.")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--out", type=Path, default=Path("docs/tasks.md"))
     arguments = parser.parse_args()
     quiet_libraries()
     dense, limit = arguments.model, arguments.limit
+    dtype = Checkpoint(ModelConfig(path=str(dense))).dtype
 
     def scores(label: str, load: Callable[[], PreTrainedModel]) -> tuple[TaskResult, ...]:
-        return score(label, load, dense, arguments.data_dir, limit)
+        folder = arguments.runs / "tasks" / f"{label}-{limit}"
+        return score(folder, load, dense, arguments.data_dir, limit)
 
-    scored = [Scored(DENSE, None, scores(DENSE, lambda: load_model(dense, torch.bfloat16)))]
+    scored = [Scored(DENSE, None, scores(DENSE, lambda: load_model(dense, dtype)))]
     for sparsity in arguments.sparsity:
         for row in main_rows(sparsity):
-            run_dir = BASE / "main" / row.folder
+            run_dir = arguments.runs / "main" / row.folder
             if row.name not in METHODS or not (run_dir / "model" / MANIFEST).exists():
                 continue
             context = make_context(run_dir, seed=0, force=False, dry_run=False, data_dir=None)
             converted = open_converted(context, finetuned=False)
-            load = lambda converted=converted: converted.load("bfloat16")  # noqa: E731
+            load = lambda converted=converted: converted.load("auto")  # noqa: E731
             scored.append(Scored(row.name, sparsity, scores(row.folder, load)))
-    text = HEADER.format(model=dense.name, limit=limit)
+    text = HEADER.format(model=dense.name, limit=limit, dtype=str(dtype).removeprefix("torch."))
     arguments.out.write_text(f"{text}\n{table(scored)}\n\n{lead_per_task(scored)}\n")
 
 
@@ -164,7 +169,7 @@ HEADER = """# Zero-shot tasks
 
 Made by `scripts/make_task_table.py` on {model}, from the models of the table "Multi-task and
 multi-domain calibration" in [results.md](results.md): the first {limit} items of ARC-easy, PIQA,
-HellaSwag (validation) and LAMBADA (OpenAI's version), bfloat16, no training. Accuracy by summed
+HellaSwag (validation) and LAMBADA (OpenAI's version), {dtype}, no training. Accuracy by summed
 log-likelihood, of HellaSwag per character of the ending; LAMBADA counts greedy hits of the whole
 last word. Differences are paired by item, with bootstrap intervals; "mean" and the first table's
 differences weigh every task alike.

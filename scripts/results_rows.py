@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weaver.config import CalibrateConfig, EvalConfig, PartitionConfig, RouterConfig
 
-BASE = Path("runs/results")
+RUNS = Path("runs/results")
 SPARSITIES = (0.25, 0.5)
 PUBLISHED = ("flap", "cmoe", "expertweaver")
 TOP_K = {"selection": "top-k"}
@@ -43,16 +44,20 @@ class Setting:
     """One table.
 
     Args:
+        base: folder of everything that is run on one model.
         name: what ``--settings`` takes.
         group: folder of its runs; tables with the same texts share it, and with it their rows.
+        calibration: name of the calibration; groups may share one.
         title: heading of the table.
         calibrate: text that calibrates.
         evaluate: text that is measured.
         rows: the runs.
     """
 
+    base: Path
     name: str
     group: str
+    calibration: str
     title: str
     calibrate: CalibrateConfig
     evaluate: EvalConfig
@@ -60,74 +65,78 @@ class Setting:
 
     def run_dir(self, row: Row) -> Path:
         """Run directory of a row."""
-        return BASE / self.group / row.folder
+        return self.base / self.group / row.folder
 
     def calibration_dir(self, row: Row) -> Path:
         """Run directory of the calibration that rows of one seed share."""
-        return BASE / f"calibrate-{self.group}-{row.seed}"
+        return self.base / f"calibrate-{self.calibration}-{row.seed}"
 
 
-def settings() -> list[Setting]:
-    """The tables of docs/results.md."""
-    valid, test = (str(BASE / f"{split}.jsonl") for split in ("valid", "test"))
-    matched = (
-        "matched",
-        CalibrateConfig(data=(valid,), tokens=16384, sequence_length=512),
-        EvalConfig(data=(test,), sequence_length=512, windows=12, dtype="float32"),
+def settings(base: Path) -> list[Setting]:
+    """The tables of docs/results.md, with their runs below ``base``."""
+    valid, test = (str(base / f"{split}.jsonl") for split in ("valid", "test"))
+    tokenised = CalibrateConfig(data=(valid,), tokens=16384, sequence_length=512)
+    mixture = CalibrateConfig(data=("multitask_calib/open.jsonl", "domains"), tokens=16384)
+    split = EvalConfig(data=(test,), sequence_length=512, windows=12, dtype="float32")
+    raw = EvalConfig(data=("wikitext2/wiki.test.rebuilt.raw",), sequence_length=2048, windows=14)
+    report = raw.model_copy(update={"windows": 4, "router": True})
+    matched = partial(
+        Setting, base=base, group="matched", calibration="matched", calibrate=tokenised
     )
-    main = (
-        "main",
-        CalibrateConfig(data=("multitask_calib/open.jsonl", "domains"), tokens=16384),
-        EvalConfig(data=("wikitext2/wiki.test.rebuilt.raw",), sequence_length=2048, windows=14),
-    )
-
-    def table(
-        name: str, title: str, texts: tuple[str, CalibrateConfig, EvalConfig], rows: list[Row]
-    ) -> Setting:
-        group, calibrate, evaluate = texts
-        return Setting(name, group, title, calibrate, evaluate, tuple(rows))
-
+    main = partial(Setting, base=base, calibration="main", calibrate=mixture)
     return [
-        table(
-            "matched",
-            "Calibration on WikiText-2 valid, measured on its test split",
-            matched,
-            [
+        matched(
+            name="matched",
+            title="Calibration on WikiText-2 valid, measured on its test split",
+            evaluate=split,
+            rows=(
                 *_compared(0.25),
                 # Below every other row's FLOPs, the threshold's drift and the router included.
                 weave("weave, one slice less", 0.3125),
                 *_compared(0.5),
-            ],
+            ),
         ),
-        table("elements", "Elements of weave", matched, _elements(0.5)),
-        table(
-            "main",
-            "Multi-task and multi-domain calibration, raw WikiText-2 test",
-            main,
-            [row for sparsity in SPARSITIES for row in main_rows(sparsity)],
+        matched(name="elements", title="Elements of weave", evaluate=split, rows=_elements(0.5)),
+        main(
+            name="main",
+            group="main",
+            title="Multi-task and multi-domain calibration, raw WikiText-2 test",
+            evaluate=raw,
+            rows=tuple(row for sparsity in SPARSITIES for row in main_rows(sparsity)),
         ),
-        table(
-            "seeds",
-            "Other calibration samples of the same mixture",
-            main,
-            [
+        main(
+            name="seeds",
+            group="main",
+            title="Other calibration samples of the same mixture",
+            evaluate=raw,
+            rows=tuple(
                 Row(name, _published(name, 0.5).partition, seed=seed)
                 for seed in (0, 1, 2)
                 for name in ("weave", "flap")
-            ],
+            ),
+        ),
+        main(
+            name="router",
+            group="router",
+            title="Routers and stability, as weaver eval --router reports them",
+            evaluate=report,
+            rows=(
+                weave("weave", 0.5),
+                weave("weave, top-k", 0.5, options=TOP_K),
+                _published("cmoe", 0.5),
+            ),
         ),
     ]
 
 
-def main_rows(sparsity: float) -> list[Row]:
+def main_rows(sparsity: float) -> tuple[Row, ...]:
     """weave, the published methods, and FLAP with everything of weave that it can take."""
     static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True, allocation="fisher")
-    return [
+    return (
         weave("weave", sparsity),
-        weave("weave, 8 experts", sparsity, num_experts=8),
         Row("flap, refit, fisher", static, REFIT),
         *(_published(name, sparsity) for name in PUBLISHED),
-    ]
+    )
 
 
 def weave(name: str, sparsity: float, router: RouterConfig | None = None, **values: Any) -> Row:
@@ -140,10 +149,10 @@ def _published(method: str, sparsity: float) -> Row:
     return Row(method, PartitionConfig(method=method, sparsity=sparsity, sequential=True))
 
 
-def _compared(sparsity: float) -> list[Row]:
+def _compared(sparsity: float) -> tuple[Row, ...]:
     """weave and its variants beside the published methods and the strongest static baseline."""
     static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True)
-    return [
+    return (
         weave("weave", sparsity),
         weave("weave, 8 experts", sparsity, num_experts=8),
         weave("weave, top-k", sparsity, options=TOP_K),
@@ -151,12 +160,12 @@ def _compared(sparsity: float) -> list[Row]:
         Row("flap, refit", static, REFIT),
         Row("flap, refit, fisher", static.model_copy(update={"allocation": "fisher"}), REFIT),
         *(_published(name, sparsity) for name in ("flap", "cmoe")),
-    ]
+    )
 
 
-def _elements(sparsity: float) -> list[Row]:
+def _elements(sparsity: float) -> tuple[Row, ...]:
     """weave with one element changed at a time."""
-    return [
+    return (
         weave("weave", sparsity),
         weave("weave, fisher", sparsity, allocation="fisher"),
         weave("no refit", sparsity, RouterConfig(refit=False)),
@@ -167,4 +176,4 @@ def _elements(sparsity: float) -> list[Row]:
         weave("64 experts", sparsity, num_experts=64),
         weave("weave, top-k", sparsity, options=TOP_K),
         weave("mean-gate router, top-k", sparsity, RouterConfig(kind="mean-gate"), options=TOP_K),
-    ]
+    )
