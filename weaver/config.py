@@ -44,7 +44,7 @@ class CalibrateConfig(Section):
     tokens: int = Field(32768, gt=0)
     sequence_length: int = Field(512, gt=1)
     activation_top_k: int = Field(10, gt=0)
-    input_sample_mb: float = Field(64.0, gt=0)
+    input_sample_mb: float = Field(256.0, gt=0)
 
 
 class RouterConfig(Section):

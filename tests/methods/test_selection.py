@@ -58,7 +58,7 @@ def test_hidden_of_the_kept_inputs(dtype: torch.dtype, random_problem: Any) -> N
     problem, _ = random_problem(0, neurons=12, active_neurons=6)
     profile = problem.profile
     object.__setattr__(profile, "ffn_inputs_ND", profile.ffn_inputs_ND.to(dtype))
-    hidden_TF = sampled_hidden(profile, problem.weights)
+    hidden_TF = sampled_hidden(profile.ffn_inputs_ND, problem.weights)
     assert hidden_TF.dtype == torch.float32
     expected_TF = glu_hidden(profile.ffn_inputs_ND.float(), problem.weights)
     tolerance = 1e-6 if dtype == torch.float32 else 0.1

@@ -29,7 +29,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def captured_share(problem: LayerProblem, layout: ExpertLayout) -> float:
     """Share of the routed neurons' contribution that the selected experts' neurons have."""
     profile, down_FD = problem.profile, problem.weights.down_FD
-    hidden_TF = sampled_hidden(profile, problem.weights) - profile.hidden_mean_F
+    hidden_TF = sampled_hidden(profile.ffn_inputs_ND, problem.weights) - profile.hidden_mean_F
     contribution_TE = expert_contributions(hidden_TF, down_FD, layout.experts_EN)
     x_TD = profile.ffn_inputs_ND.float()
     weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
@@ -111,7 +111,7 @@ def planted(make_profile: Maker, make_problem: Maker) -> tuple[LayerProblem, Ten
         0.9 + 0.2 * torch.rand(400, 1, generator=generator)
     )
     profile: LayerProfile = make_profile(32, ffn_inputs_ND=x_TD)
-    hidden_TF = sampled_hidden(profile, weights)
+    hidden_TF = sampled_hidden(profile.ffn_inputs_ND, weights)
     profile = replace(
         profile,
         hidden_mean_F=hidden_TF.mean(0),

@@ -15,6 +15,9 @@ from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKin
 from weaver.methods.base import RouterFunction
 from weaver.methods.selection import fit_scores, sampled_hidden, selection_threshold
 
+# Tokens whose neuron activations exist at once.
+_CHUNK_TOKENS = 8192
+
 
 @dataclass(frozen=True)
 class RouterSpec:
@@ -131,10 +134,12 @@ def ridge_router(
     """
     del generator
     _require_experts(layout)
+    contributions = []
+    for inputs_TD in profile.ffn_inputs_ND.split(_CHUNK_TOKENS):
+        hidden_TF = sampled_hidden(inputs_TD, weights) - profile.hidden_mean_F
+        contributions.append(expert_contributions(hidden_TF, weights.down_FD, layout.experts_EN))
     x_TD = profile.ffn_inputs_ND.float()
-    hidden_TF = sampled_hidden(profile, weights) - profile.hidden_mean_F
-    contribution_TE = expert_contributions(hidden_TF, weights.down_FD, layout.experts_EN)
-    weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
+    weight_ED, bias_E = fit_scores(x_TD, torch.cat(contributions))
     if layout.selection == "threshold":
         bias_E = bias_E - selection_threshold(x_TD @ weight_ED.T + bias_E, layout.top_k)
     return _untrained("linear", weight_ED, bias_E=bias_E)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ridge_fit
-from weaver.artifacts.types import LayerProfile, Selection
+from weaver.artifacts.types import Selection
 
 # The router predicts contributions to this power (of the squared norm). Squared norms have tails
 # that a linear fit follows at the expense of all other tokens; docs/LOG.md has the measurements.
@@ -17,13 +17,12 @@ CONTRIBUTION_POWER = 0.25
 ROUTER_PENALTY = 0.1
 
 
-def sampled_hidden(profile: LayerProfile, weights: GluWeights) -> Tensor:
-    """Neuron activations h of the tokens that a profile keeps, float32, (T, F).
+def sampled_hidden(x_TD: Tensor, weights: GluWeights) -> Tensor:
+    """Neuron activations h of FFN inputs that a profile keeps, float32, (T, F).
 
     Computed in the dtype in which the inputs were kept, which is the one the model runs in: float32
     would cost several times as much where 16-bit products have hardware of their own.
     """
-    x_TD = profile.ffn_inputs_ND
     return glu_hidden(x_TD, weights.to(x_TD.dtype)).float()
 
 

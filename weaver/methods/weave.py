@@ -11,7 +11,7 @@ from torch import Tensor
 from weaver.algorithms.balanced import balanced_assignment, balanced_kmeans
 from weaver.algorithms.contributions import expert_contributions
 from weaver.algorithms.energy import centred_energy
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Selection
+from weaver.artifacts.types import ExpertLayout, Selection
 from weaver.methods.base import LayerProblem, MethodOptions
 from weaver.methods.layouts import expert_layout, routed_top_k, strongest
 from weaver.methods.selection import fit_scores, sampled_hidden, select
@@ -72,10 +72,10 @@ def partition(
     top_k = routed_top_k(problem, shared_experts)
     shared = problem.leftover_neurons + shared_experts * problem.expert_width
     shared_S, routed_n = strongest(shared_scores(problem, options), shared)
-    profile = _thinned(problem.profile)
-    x_TD = profile.ffn_inputs_ND.float()
+    inputs_TD = _thinned(problem.profile.ffn_inputs_ND)
+    x_TD = inputs_TD.float()
     routed = problem.weights.select(routed_n)
-    hidden_Tn = sampled_hidden(profile, routed) - profile.hidden_mean_F[routed_n]
+    hidden_Tn = sampled_hidden(inputs_TD, routed) - problem.profile.hidden_mean_F[routed_n]
     contribution_Tn = hidden_Tn.square() * routed.down_FD.square().sum(1)
     owner_n = _coactivation_clusters(problem, contribution_Tn, options, generator)
     for _ in range(options.alternations):
@@ -95,11 +95,11 @@ def shared_scores(problem: LayerProblem, options: WeaveOptions) -> Tensor:
     return centred_energy(problem.profile.hidden_variance_F, problem.weights.down_FD)
 
 
-def _thinned(profile: LayerProfile) -> LayerProfile:
-    """The profile with as many inputs as the clusters need, evenly spread."""
-    rows, hidden_size = profile.ffn_inputs_ND.shape
+def _thinned(inputs_TD: Tensor) -> Tensor:
+    """As many FFN inputs as the clusters need, evenly spread."""
+    rows, hidden_size = inputs_TD.shape
     stride = max(1, rows // max(_CLUSTER_INPUTS, _INPUTS_PER_DIMENSION * hidden_size))
-    return replace(profile, ffn_inputs_ND=profile.ffn_inputs_ND[::stride])
+    return inputs_TD[::stride]
 
 
 def _coactivation_clusters(
