@@ -146,7 +146,10 @@ def test_weave_with_budgets_goes_through_all_stages(tiny_llama: Path, tmp_path: 
     dense = [layout.active_neurons == NEURONS for layout in layouts(tmp_path)]
     assert any(dense)
     assert not all(dense)
-    report = read_results(tmp_path)["router"]["layers"]
+    results = read_results(tmp_path)
+    budget = read_json(tmp_path / "partition" / BUDGET_FILE, rebuild="")
+    assert results["predicted_kl"] == budget["predicted_kl"]
+    report = results["router"]["layers"]
     for layer, whole in enumerate(dense):
         assert layer_path(tmp_path / "router", layer).exists() != whole
         # Nothing was ranked or clustered in a whole layer.

@@ -178,6 +178,8 @@ class EvalResult(Record):
             of experts in ``expert_usage``, to the nearest whole number: what this text really cost.
             That of ``moe`` where no layer selects by a threshold.
         kl: mean KL(dense || converted) in nats per token.
+        predicted_kl: what the partition predicted it to be, on calibration text; None unless its
+            allocation was ``fisher``, and after a fine-tuning.
         top1_agreement: share of positions where both models put the same token first.
         tokens: positions that predicted a token, W * (T - 1).
         sequence_length: T, tokens per window.
@@ -198,6 +200,7 @@ class EvalResult(Record):
     moe: ModelQuality
     measured_ffn_flops_per_token: int = Field(ge=0)
     kl: float = Field(ge=-1e-6)
+    predicted_kl: float | None = None
     top1_agreement: Share
     tokens: int = Field(gt=0)
     sequence_length: int = Field(gt=1)

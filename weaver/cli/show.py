@@ -93,9 +93,11 @@ def _show_finetune(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _show_eval(console: Console, summary: dict[str, Any]) -> None:
+    predicted = summary["predicted_kl"]
+    note = "" if predicted is None else f" (predicted {format_number(predicted)})"
     console.print(
         f"  perplexity {format_number(summary['dense_perplexity'])} -> "
-        f"{format_number(summary['moe_perplexity'])}, KL {format_number(summary['kl'])}, "
+        f"{format_number(summary['moe_perplexity'])}, KL {format_number(summary['kl'])}{note}, "
         f"top-1 agreement {format_percent(summary['top1_agreement'])}, measured FFN FLOPs x"
         f"{summary['measured_ffn_flops'] / summary['dense_ffn_flops']:.3f}"
     )

@@ -90,7 +90,7 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     with disk_errors(run.folder):
         _write_companions(run.folder, checkpoint, shapes, dtype_name, recipe)
     write_card(run.folder, account, recipe)
-    return run.finish(_summary(account))
+    return run.finish(_summary(account, partition))
 
 
 def _shape(checkpoint: Checkpoint, routers: Path, layer: int, layout: ExpertLayout) -> LayerShape:
@@ -146,8 +146,9 @@ def _write_companions(
             shutil.copyfile(checkpoint.folder / name, folder / name)
 
 
-def _summary(account: ModelAccount) -> dict[str, Any]:
+def _summary(account: ModelAccount, partition: Partition) -> dict[str, Any]:
     return {
+        "predicted_kl": partition.manifest.summary.get("predicted_kl"),
         "dense_parameters": account.total_dense_parameters,
         "total_parameters": account.total_parameters,
         "active_parameters": account.active_parameters,
