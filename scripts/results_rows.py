@@ -13,6 +13,7 @@ RUNS = Path("runs/results")
 SPARSITIES = (0.25, 0.5)
 PUBLISHED = ("flap", "cmoe", "expertweaver")
 TOP_K = {"selection": "top-k"}
+STOCK = RouterConfig(constants=False)
 REFIT = RouterConfig(refit=True, constants=True)
 
 
@@ -156,7 +157,8 @@ def _compared(sparsity: float) -> tuple[Row, ...]:
         weave("weave", sparsity),
         weave("weave, 8 experts", sparsity, num_experts=8),
         weave("weave, top-k", sparsity, options=TOP_K),
-        weave("weave, stock", sparsity, RouterConfig(constants=False), options=TOP_K),
+        weave("weave, stock", sparsity, STOCK, options=TOP_K),
+        weave("weave, stock, 64 experts", sparsity, STOCK, options=TOP_K, num_experts=64),
         Row("flap, refit", static, REFIT),
         Row("flap, refit, fisher", static.model_copy(update={"allocation": "fisher"}), REFIT),
         *(_published(name, sparsity) for name in ("flap", "cmoe")),
