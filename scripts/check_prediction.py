@@ -24,10 +24,10 @@ from weaver.evaluation.sensitivity import predicted_kl
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.loading import load_model
 from weaver.report.tables import format_percent, markdown_table
-from weaver.stages.budget import Trial, convert_alone
 from weaver.stages.parents import open_calibration
 from weaver.stages.partition import resolve
 from weaver.stages.splitter import LayerSplitter
+from weaver.stages.trials import Trial, convert_alone
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from weaver.kernels.ops import Workload, predicted_seconds
 from weaver.methods.allocation import active_neurons
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.accounting import LayerShape, ModelAccount
-from weaver.stages.budget import Trial, try_layers
 from weaver.stages.converted import account_of
 from weaver.stages.parents import open_calibration
 from weaver.stages.partition import resolve
 from weaver.stages.runner import StageContext
 from weaver.stages.splitter import LayerSplitter
+from weaver.stages.trials import Trial, try_layers
 
 # Ne that are compared, besides the configured one.
 NUM_EXPERTS = (8, 16, 32, 64)
