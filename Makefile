@@ -28,6 +28,8 @@ quality: $(INSTALLED)
 
 results: $(INSTALLED) $(MODEL)/config.json
 	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)
+	$(VENV)/bin/python scripts/make_task_table.py --data-dir $(DATA_DIR)
+	$(VENV)/bin/python scripts/check_prediction.py
 
 clean:
 	rm -rf runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -109,7 +109,7 @@ def main() -> None:
         costs = [convert(arguments.model, depth, tokens, data, work) for tokens in arguments.tokens]
         for layers in arguments.layers or (depth // 3, 2 * depth // 3):
             short = truncated(arguments.model, layers, work / f"layers{layers}")
-            costs.append(convert(short, layers, max(arguments.tokens), data, work))
+            costs.append(convert(short, layers, min(arguments.tokens), data, work))
     rows = [
         (
             cost.layers,
