@@ -103,17 +103,20 @@ def main() -> None:
 HEADER = """# Results
 
 Made by `scripts/make_results.py` (`make results DATA_DIR=...`) on {model}: converted in the
-checkpoint's dtype, measured as the table says. Every method gets the same calibration
-tokens. FFN sparsity is what was asked for; "FFN FLOPs, measured" is what the evaluated tokens
-really cost, router, constants and the realised number of experts counted, over the dense FFN's.
-KL is KL(dense || converted) in nats per token, with a bootstrap interval over windows; differences
-are paired by window. Nothing here was trained. Router agreement: share of a token's experts that
-the oracle chooses too, averaged over layers, on calibration tokens. A table holds the rows that
-were run. `results_published.md` has the published methods in more detail.
+checkpoint's dtype, measured as the table says. Every method gets the same calibration tokens. FFN
+sparsity is what was asked for; "FFN FLOPs, measured" is what the evaluated tokens really cost,
+router, constants and the realised number of experts counted, over the dense FFN's. KL is
+KL(dense || converted) in nats per token, with a bootstrap interval over windows; differences are
+paired by window. Nothing here was trained. Router agreement: share of a token's experts that the
+oracle chooses too, averaged over layers, on calibration tokens. A table holds the rows that were
+run. `results_published.md` has the published methods in more detail.
 
-Rows: "weave" is the default (16 experts, threshold selection, uniform budgets); "top-k" runs
-exactly K experts for every token; "stock" is top-k without constants, the form that a stock
-architecture can hold; "flap, refit" is FLAP with weave's re-solved down projection.
+Rows: "weave" is the default (16 experts, threshold selection, uniform budgets); "one slice less"
+asks for 5 of 16 slices to be skipped instead of 4; "top-k" runs exactly K experts for every token;
+"stock" is top-k without constants, the form that a stock architecture can hold; "flap, refit" is
+FLAP with weave's re-solved down projection and "fisher" has budgets by predicted KL. Elements and
+variants change one thing of "weave" at a time. All methods but those called one-shot are
+sequential.
 """
 
 if __name__ == "__main__":
