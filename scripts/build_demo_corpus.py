@@ -291,7 +291,10 @@ def _readme(rows: list[tuple[Domain, dict[str, list[str]]]]) -> str:
         "speech,",
         "module, licence, page, topic) stands in both parts, and works that repeat others are left "
         "out.",
-        "Made by `python scripts/build_demo_corpus.py`; edit that script, not these files.",
+        "Made by `python scripts/build_demo_corpus.py`; edit that script, not these files. Texts "
+        "are as their",
+        "authors left them: marks such as TODO and NotImplementedError are CPython's own, not "
+        "weaver's.",
         "",
         "| domain | content | source | licence | calibration | held-out |",
         "|---|---|---|---|---|---|",

@@ -22,7 +22,7 @@ class Row:
     """One run: how it differs from the others.
 
     Args:
-        name: first column, and part of the run directory's name.
+        name: part of the label and of the run directory's name.
         partition: how FFNs are split.
         router: router and compensation.
         seed: of calibration and partition.
@@ -32,6 +32,11 @@ class Row:
     partition: PartitionConfig
     router: RouterConfig = field(default_factory=RouterConfig)
     seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """What the table's first column says."""
+        return f"{self.name}, seed {self.seed}" if self.seed else self.name
 
     @property
     def folder(self) -> str:

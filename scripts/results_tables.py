@@ -35,7 +35,7 @@ def table(results: list[dict[str, Any]]) -> str:
         flops = result["measured_ffn_flops_per_token"] / result["dense"]["ffn_flops_per_token"]
         rows.append(
             (
-                result["row"].name,
+                result["row"].label,
                 format_percent(sparsity),
                 f"{mean:.3f} ({low:.3f}-{high:.3f})",
                 *against(result["windows"]["kl"], first["kl"] if first else None),
@@ -81,7 +81,7 @@ def router_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         mean = result["router"]["mean"]
         cells = ("-" if mean[key] is None else f"{mean[key]:.3f}" for key in headers)
-        rows.append((result["row"].name, *cells, load_balance(result["expert_usage"])))
+        rows.append((result["row"].label, *cells, load_balance(result["expert_usage"])))
     loads = "load, coefficient of variation"
     return markdown_table(("method", *headers.values(), loads), rows)
 

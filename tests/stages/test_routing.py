@@ -175,6 +175,7 @@ def test_a_router_that_cannot_serve_a_threshold_is_refused(
     with pytest.raises(WeaverError, match="'mean-gate' cannot select experts by threshold") as e:
         run_stages(settings, tmp_path, until="build-router")
     assert e.value.why == "it serves top-k"
+    assert not (tmp_path / "partition").exists(), "refused before anything is made"
     by_count = config(
         tiny_llama,
         partition={"sequential": sequential, "options": {"selection": "top-k"}},

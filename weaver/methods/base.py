@@ -11,13 +11,18 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import ExpertLayout, LayerProfile, Router
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, Selection
 
 
 class MethodOptions(BaseModel):
     """Options of one method; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def selects(self) -> Selection:
+        """How the layouts that these options make select experts."""
+        return "top-k"
 
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)

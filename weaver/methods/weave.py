@@ -44,6 +44,10 @@ class WeaveOptions(MethodOptions):
     alternations: int = Field(3, ge=0)
     cluster_tokens: int = Field(1024, gt=0)
 
+    @property
+    def selects(self) -> Selection:
+        return self.selection
+
 
 def partition(
     problem: LayerProblem, options: WeaveOptions, generator: torch.Generator

@@ -67,8 +67,8 @@ class DenseFfn(nn.Module):
 class InputTap(nn.Module):
     """Shows an FFN's inputs to an observer and computes nothing.
 
-    For passes whose outputs are thrown away: the FFN is the last thing in a decoder layer that
-    could change what it is shown.
+    For passes whose outputs are thrown away: what an FFN is shown does not depend on what it
+    returns.
     """
 
     def __init__(self, observer: FfnObserver) -> None:

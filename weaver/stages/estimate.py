@@ -58,8 +58,9 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     sequential = config.partition.sequential
     copies = 2 if (spec.sequential if sequential is None else sequential) else 1
     refit = spec.refit if config.router.refit is None else config.router.refit
-    # A sequential partition and build-router each keep the re-solved projections.
-    solved = D * F * 4 if refit else 0
+    # A sequential partition and build-router each keep the re-solved projections and constants.
+    experts = config.partition.num_experts or spec.num_experts or 0
+    solved = D * (F + experts + 1) * 4 if refit else 0
     work = max(batch, _REFIT_TENSORS * F * F * 4 if refit else 0)
     eval_itemsize = checkpoint.resolve_dtype(config.eval.dtype).itemsize
     return Estimate(

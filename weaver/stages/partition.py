@@ -19,7 +19,13 @@ from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.finished import layer_path
 from weaver.stages.parents import PROFILE_FOLDER, ROUTER_FOLDER, open_calibration
 from weaver.stages.profiling import Profiler, ResumableStream
-from weaver.stages.routing import read_routed, resolve_router, routed_paths, write_routed
+from weaver.stages.routing import (
+    read_routed,
+    require_selection,
+    resolve_router,
+    routed_paths,
+    write_routed,
+)
 from weaver.stages.runner import StageContext, StageRun
 from weaver.stages.splitter import LayerSplitter
 
@@ -74,13 +80,20 @@ def propagating(config: PartitionConfig, router: RouterConfig) -> PartitionConfi
 def resolve(
     config: PartitionConfig, spec: MethodSpec[Any], options: MethodOptions
 ) -> PartitionConfig:
-    """The configuration with the method's defaults filled in."""
+    """The configuration with the method's defaults filled in.
+
+    Raises:
+        WeaverError: no such router, or it cannot select experts as the method's options want.
+    """
+    propagate = resolve_router(config.propagate or RouterConfig(), spec)
+    if propagate.kind is not None:
+        require_selection(propagate.kind, options.selects)
     return config.model_copy(
         update={
             "num_experts": None if spec.is_static else config.num_experts or spec.num_experts,
             "allocation": config.allocation or spec.allocation,
             "sequential": spec.sequential if config.sequential is None else config.sequential,
-            "propagate": resolve_router(config.propagate or RouterConfig(), spec),
+            "propagate": propagate,
             "options": options.model_dump(mode="json"),
         }
     )

@@ -14,7 +14,7 @@ import torch
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.store import write_record
-from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
+from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router, Selection
 from weaver.config import RouterConfig
 from weaver.errors import WeaverError
 from weaver.methods.base import MethodSpec
@@ -55,6 +55,21 @@ def resolve_router(config: RouterConfig, spec: MethodSpec[Any]) -> RouterConfig:
     )
 
 
+def require_selection(kind: str, selection: Selection) -> None:
+    """Check that a router can select experts the way a layout wants.
+
+    Raises:
+        WeaverError: it cannot.
+    """
+    spec = get_router(kind)
+    if selection not in spec.selections:
+        raise WeaverError(
+            f"router {kind!r} cannot select experts by {selection}",
+            why=f"it serves {', '.join(spec.selections)}",
+            fix="--router ridge, or --set partition.options.selection=top-k",
+        )
+
+
 def solve_layer(
     weights: GluWeights,
     profile: LayerProfile,
@@ -76,14 +91,8 @@ def solve_layer(
     """
     router: Router | None = None
     if layout.num_routed_experts and config.kind is not None:
-        spec = get_router(config.kind)
-        if layout.selection not in spec.selections:
-            raise WeaverError(
-                f"router {config.kind!r} cannot select experts by {layout.selection}",
-                why=f"it serves {', '.join(spec.selections)}",
-                fix="--router ridge, or --set partition.options.selection=top-k",
-            )
-        router = spec.build(weights, profile, layout, generator)
+        require_selection(config.kind, layout.selection)
+        router = get_router(config.kind).build(weights, profile, layout, generator)
     if layout.active_neurons == layout.intermediate_size:
         return RoutedLayer(router, None)  # nothing is skipped
     plan = CompensationPlan(
