@@ -1,168 +1,25 @@
-"""The grouped path against the definition: outputs, gradients, and the choice between them."""
+"""The choice between the paths, and that the chosen one is taken."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from weaver.algorithms.glu import GluWeights, glu_forward
-from weaver.kernels import ops
-from weaver.kernels.ops import (
-    Workload,
-    choose_path,
-    grouped_forward,
-    moe_forward,
-    predicted_gain,
-    predicted_seconds,
-    slice_neurons,
-)
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.types import Router
+from weaver.kernels import backends, ops
+from weaver.kernels.backends import Backend, Forwards, backend_for, cpu_backend, triton_forward
+from weaver.kernels.costs import Family, Workload
+from weaver.kernels.cpu import build
+from weaver.kernels.ops import choose_path, moe_forward, route_tokens
+from weaver.kernels.reference import Routing, masked_forward, route
 
-# T, D, S, E, N, K and what is special about the routing.
-SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
-    "ordinary": (33, 16, 10, 4, 6, 2, {}),
-    "an empty expert": (33, 16, 10, 4, 6, 2, {"never": 0}),
-    "one hot expert": (33, 16, 10, 4, 6, 1, {"hot": 2}),
-    "all experts": (33, 16, 10, 4, 6, 4, {}),
-    "one expert": (33, 16, 10, 1, 6, 1, {}),
-    "one token": (1, 16, 10, 4, 6, 2, {}),
-    "no token": (0, 16, 10, 4, 6, 2, {}),
-    "nothing shared": (33, 16, 0, 4, 6, 2, {}),
-    "nothing shared, no token": (0, 16, 0, 4, 6, 2, {}),
-    "odd sizes": (37, 13, 11, 5, 9, 3, {}),
-    "uneven": (37, 13, 11, 5, 9, 3, {"uneven": True}),
-    "uneven, one hot expert": (37, 13, 11, 5, 9, 3, {"uneven": True, "hot": 1}),
-    "no pair": (33, 16, 10, 4, 6, 2, {"nothing": True}),
-    "nothing shared, no pair": (33, 16, 0, 4, 6, 2, {"nothing": True}),
-}
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
-
-
-def problem(
-    make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype, *, biases: bool = True
-) -> tuple[Tensor, GluWeights, Routing, int]:
-    tokens, hidden, shared, experts, width, top_k, special = SHAPES[case]
-    weights = make_ffn(hidden, shared + experts * width, dtype=dtype, biases=biases)
-    generator = torch.Generator().manual_seed(7)
-    x_TD = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    return x_TD, weights, make_routing(tokens, experts, top_k, **special), shared
-
-
-def constants(weights: GluWeights, routing: Routing) -> Tensor:
-    """A constant per expert, as large as the outputs."""
-    generator = torch.Generator().manual_seed(8)
-    values_ED = torch.randn(routing.num_experts, weights.hidden_size, generator=generator)
-    return values_ED.to(weights.gate_FD.dtype)
-
-
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", SHAPES)
-def test_the_same_outputs(
-    make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype, biases: bool
-) -> None:
-    x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype, biases=biases)
-    bias_ED = constants(weights, routing) if biases else None
-    y_TD = grouped_forward(x_TD, weights, routing, shared, bias_ED)
-    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
-    assert y_TD.dtype == expected_TD.dtype == dtype
-    assert y_TD.shape == x_TD.shape
-    if len(x_TD) > 1 and (shared or routing.num_pairs):
-        assert 0.3 < expected_TD.float().std() < 5  # Else the absolute tolerance says nothing.
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(y_TD, expected_TD, rtol=tolerance, atol=tolerance)
-
-
-def test_sixteen_bit_is_as_near_to_the_truth_as_the_definition(
-    make_ffn: Any, make_routing: Any
-) -> None:
-    x_TD, weights, routing, shared = problem(
-        make_ffn, make_routing, "ordinary", torch.bfloat16, biases=False
-    )
-    bias_ED = constants(weights, routing)
-    exact = (x_TD.double(), weights.to(torch.float64), routing, shared, bias_ED.double())
-    truth_TD = masked_forward(*exact)
-    grouped = (grouped_forward(x_TD, weights, routing, shared, bias_ED) - truth_TD).norm()
-    masked = (masked_forward(x_TD, weights, routing, shared, bias_ED) - truth_TD).norm()
-    assert grouped < 1.2 * masked
-    assert grouped < 0.02 * truth_TD.norm()
-
-
-def leaves(x_TD: Tensor, weights: GluWeights, routing: Routing) -> dict[str, Tensor]:
-    named = {"x_TD": x_TD, "weights_P": routing.weights_P}
-    named["expert_bias_ED"] = constants(weights, routing)
-    named |= {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "activation"}
-    return {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
-
-
-def gradients(forward: Any, leaf: dict[str, Tensor], routing: Routing, shared: int) -> list[Tensor]:
-    apart = {"x_TD", "weights_P", "expert_bias_ED"}
-    named = {name: leaf[name] for name in leaf if name not in apart}
-    weights = GluWeights(activation="silu", **named)
-    routing = replace(routing, weights_P=leaf["weights_P"])
-    y_TD = forward(leaf["x_TD"], weights, routing, shared, leaf["expert_bias_ED"])
-    toward_TD = torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)
-    return list(torch.autograd.grad(y_TD, list(leaf.values()), toward_TD, materialize_grads=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", SHAPES)
-def test_the_same_gradients(
-    make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype
-) -> None:
-    x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype)
-    leaf = leaves(x_TD, weights, routing)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    found = gradients(grouped_forward, leaf, routing, shared)
-    expected = gradients(masked_forward, leaf, routing, shared)
-    for name, ours, theirs in zip(leaf, found, expected, strict=True):
-        # The factors are float32 in both, so their gradient is rounded to it.
-        limit = max(tolerance, 1e-6) if name == "weights_P" else tolerance
-        torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit, msg=name)
-        if routing.num_pairs:
-            assert theirs.abs().max() > 0, name
-
-
-def test_gradients_of_an_expert_without_tokens_are_zero(make_ffn: Any, make_routing: Any) -> None:
-    x_TD, weights, routing, shared = problem(
-        make_ffn, make_routing, "an empty expert", torch.float64
-    )
-    leaf = leaves(x_TD, weights, routing)
-    found = dict(zip(leaf, gradients(grouped_forward, leaf, routing, shared), strict=True))
-    for name in ("gate_FD", "up_FD", "down_FD"):
-        assert found[name][shared : shared + 6].abs().max() == 0
-        assert (found[name][shared + 6 :].abs().amax(dim=1) > 0).all()
-    used_E = found["expert_bias_ED"].abs().amax(dim=1) > 0
-    assert used_E.tolist() == [False, True, True, True]
-
-
-def test_gradients_are_right(make_ffn: Any, make_routing: Any) -> None:
-    """Against finite differences, so that both paths cannot be wrong together."""
-    x_TD, weights, routing, _ = problem(make_ffn, make_routing, "odd sizes", torch.float64)
-    # Three experts for the first token, two for the second, none for the third.
-    pairs = {name: getattr(routing, name)[:5] for name in ("tokens_P", "experts_P", "weights_P")}
-    few = replace(routing, num_tokens=3, **pairs)
-    differentiated = (x_TD[:3], weights.gate_FD, constants(weights, routing))
-    assert torch.autograd.gradcheck(
-        lambda x, gate, bias: grouped_forward(x, replace(weights, gate_FD=gate), few, 11, bias),
-        tuple(tensor.clone().requires_grad_() for tensor in differentiated),
-    )
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_slices_of_the_stored_weights(make_ffn: Any, biases: bool) -> None:
-    weights, x_TD = make_ffn(8, 12, biases=biases), torch.randn(3, 8, dtype=torch.float64)
-    first = slice_neurons(weights, 0, 5)
-    rest = slice_neurons(weights, 5, 12, output_bias=False)
-    assert first.gate_FD.data_ptr() == weights.gate_FD.data_ptr()
-    assert rest.intermediate_size == 7
-    assert rest.output_bias_D is None
-    total_TD = glu_forward(x_TD, first) + glu_forward(x_TD, rest)
-    torch.testing.assert_close(total_TD, glu_forward(x_TD, weights))
+LARGE = torch.empty(512, 256, device="meta")  # exactly SMALL weights
 
 
 def first_experts(tokens: int, top_k: int, experts: int) -> Routing:
@@ -171,69 +28,128 @@ def first_experts(tokens: int, top_k: int, experts: int) -> Routing:
     return Routing.of_top_k(ids_TK, torch.ones(tokens, top_k), experts)
 
 
-def test_the_choice_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """T = 10, D = 8, E = 4 experts of N = 10, K = 1, at made-up costs."""
-    matrix_FD = torch.zeros(50, 8)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
+    """Families whose costs were asked for; grouping pays where a token has one expert."""
+    families: list[Family] = []
+
+    def costs_of(family: Family) -> Any:
+        families.append(family)
+        return FakeCosts()
+
+    class FakeCosts:
+        def faster(self, work: Workload, _family: Family) -> str:
+            return "grouped" if work.num_pairs == work.num_tokens else "masked"
+
+    monkeypatch.setattr(ops, "costs_of", costs_of)
+    monkeypatch.setattr(ops, "_said", set())
+    return families
+
+
+def test_the_costs_of_the_layers_family_decide(asked: list[Family]) -> None:
+    weights = GluWeights(LARGE, LARGE, LARGE, "silu")
+    assert choose_path(weights, first_experts(10, 1, 4), 112, "native") == "grouped"
+    assert choose_path(weights, first_experts(10, 2, 4), 112, "native") == "masked"
+    threads = torch.get_num_threads()
+    expected = Family(256, 512, 100, torch.float32, "meta", "native", threads)
+    assert asked == [expected, expected]
+
+
+def test_a_layer_too_small_to_gain_is_masked_unmeasured(asked: list[Family]) -> None:
+    matrix_FD = torch.empty(511, 256, device="meta")
     weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
-    routing = first_experts(10, 1, 4)
-    monkeypatch.setattr(ops, "MACS_PER_SECOND", {torch.float32: 100.0})
-    monkeypatch.setattr(ops, "SECONDS_PER_VALUE", 0.5)
-    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 3.0)
-    # 3 * 80 * (4 - 1) * 10 / 100 = 72 saved, 80 * 1 * 0.5 = 40 to gather, 4 * 3 of overhead.
-    assert predicted_gain(weights, routing, 10) == pytest.approx(72 - 40 - 12)
-    assert choose_path(weights, routing, 10) == "grouped"
-    # Two tokens use two experts at most: 3 * 16 * 3 * 10 / 100 - 16 * 0.5 - 2 * 3.
-    assert predicted_gain(weights, first_experts(2, 1, 4), 10) == pytest.approx(14.4 - 8 - 6)
-    # Three pairs of ten tokens: 3 * 8 * (40 - 3) * 10 / 100 - 3 * 8 * 0.5 - 3 * 3; none: 96.
-    few = replace(routing, tokens_P=torch.tensor([2, 2, 7]), experts_P=torch.tensor([0, 1, 0]))
-    assert predicted_gain(weights, few, 10) == pytest.approx(88.8 - 12 - 9)
-    none_P = torch.empty(0, dtype=torch.int64)
-    none = replace(routing, tokens_P=none_P, experts_P=none_P)
-    assert predicted_gain(weights, none, 10) == pytest.approx(96)
-    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 8.0)
-    assert choose_path(weights, routing, 10) == "masked"
-    assert choose_path(weights, None, 50) == "masked"
+    assert choose_path(weights, first_experts(10, 1, 5), 1, "torch") == "masked"
+    assert asked == []
 
 
-def test_predicted_seconds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "MACS_PER_SECOND", {torch.float32: 100.0, torch.bfloat16: 200.0})
-    monkeypatch.setattr(ops, "SECONDS_PER_VALUE", 0.5)
-    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 3.0)
-    work = Workload(8, 10, 4, 10, num_tokens=10, num_pairs=15, dtype=torch.bfloat16, router_rows=5)
-    # The router computes in float32: 8 * 10 * 5 / 100 = 4 beside 3 * 8 * 10 * 50 / 200 = 60.
-    assert predicted_seconds(work, "masked") == pytest.approx(60 + 4)
-    # 3 * 8 * (10 * 10 + 15 * 10) / 200 = 30, 15 * 8 * 0.5 to gather, 4 * 3 of overhead.
-    assert predicted_seconds(work, "grouped") == pytest.approx(30 + 60 + 12 + 4)
-    dense = Workload(8, 50, 0, 0, num_tokens=10, num_pairs=0, dtype=torch.float16)
-    for path in ("masked", "grouped"):
-        assert predicted_seconds(dense, path) == pytest.approx(120)
-
-
-def test_nothing_is_gained_when_all_experts_are_active() -> None:
-    matrix_FD = torch.empty(14336, 4096, device="meta")
-    weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
-    assert choose_path(weights, first_experts(4096, 8, 8), 0) == "masked"
-
-
-def test_one_token_of_a_small_model_is_masked_and_a_long_prompt_of_a_large_one_is_grouped() -> None:
-    def path(tokens: int, hidden: int, intermediate: int) -> str:
-        matrix_FD = torch.empty(intermediate, hidden, device="meta")
-        weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
-        return choose_path(weights, first_experts(tokens, 6, 8), 0)
-
-    assert path(1, 576, 1536) == "masked"
-    assert path(2048, 4096, 14336) == "grouped"
+def test_that_nothing_is_skipped_is_said_once(
+    asked: list[Family], caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = GluWeights(LARGE, LARGE, LARGE, "silu")
+    with caplog.at_level(logging.WARNING):
+        choose_path(weights, first_experts(10, 1, 4), 112, "native")
+        # All experts are chosen: nothing could have been skipped.
+        choose_path(weights, first_experts(10, 4, 4), 112, "native")
+        assert caplog.records == []
+        for tokens in (10, 20):
+            choose_path(weights, first_experts(tokens, 2, 4), 112, "native")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Experts of 100 x 256 in float32: at 10 tokens")
 
 
 @pytest.mark.parametrize("path", ["masked", "grouped"])
+@pytest.mark.parametrize("backend", ["torch", "native"])
 def test_the_chosen_path_is_taken(
-    make_ffn: Any, make_routing: Any, monkeypatch: pytest.MonkeyPatch, path: str
+    make_ffn: Any, make_routing: Any, monkeypatch: pytest.MonkeyPatch, path: Any, backend: Backend
 ) -> None:
-    x_TD, weights, routing, shared = problem(make_ffn, make_routing, "ordinary", torch.float32)
-    bias_ED = constants(weights, routing)
-    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
-    other = {"masked": "grouped_forward", "grouped": "masked_forward"}[path]
+    if backend == "native" and not build.is_available():
+        pytest.skip("needs a C++ compiler")
+    x_TD = torch.randn(33, 16, generator=torch.Generator().manual_seed(1))
+    weights, routing = make_ffn(16, 34, dtype=torch.float32), make_routing(33, 4, 2)
+    bias_ED = torch.ones(4, 16)
+    expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
+    forwards = backends.forwards(backend)
+    other = {"masked": "grouped", "grouped": "masked"}[path]
+    fail = {other: lambda *_: pytest.fail(f"{other} was called")}
+    only: Forwards = replace(forwards, **fail)
+    monkeypatch.setattr(ops, "backend_for", lambda *_: backend)
+    monkeypatch.setattr(ops, "forwards", lambda asked: {backend: only}[asked])
     monkeypatch.setattr(ops, "choose_path", lambda *_: path)
-    monkeypatch.setattr(ops, other, lambda *_: pytest.fail(f"{other} was called"))
-    y_TD = moe_forward(x_TD, weights, routing, shared, bias_ED)
+    y_TD = moe_forward(x_TD, weights, routing, 10, bias_ED)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
+
+
+def test_a_static_layer_has_nothing_to_choose(
+    make_ffn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "choose_path", lambda *_: pytest.fail("was asked"))
+    weights = make_ffn(256, 600, dtype=torch.float32, biases=True)
+    x_TD = torch.randn(3, 256)
+    expected_TD = masked_forward(x_TD, weights, None, 600)
+    torch.testing.assert_close(
+        moe_forward(x_TD, weights, None, 600), expected_TD, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [16, 600])
+def test_tokens_are_routed_by_what_computes_the_ffn(make_ffn: Any, size: int) -> None:
+    weights = make_ffn(size, 2 * size, dtype=torch.float32)
+    router = Router("linear", torch.randn(5, size), torch.ones(5), torch.zeros(5))
+    x_TD = torch.randn(9, size)
+    found, expected = route_tokens(x_TD, weights, router, 2), route(x_TD, router, "silu", 2)
+    assert torch.equal(found.experts_P, expected.experts_P)
+    torch.testing.assert_close(found.weights_P, expected.weights_P)
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_who_computes_on_a_cpu(
+    make_ffn: Any, monkeypatch: pytest.MonkeyPatch, available: bool
+) -> None:
+    monkeypatch.setattr(build, "is_available", lambda: available)
+    native = "native" if available else "torch"
+    weights = make_ffn(256, 512, dtype=torch.float32)
+    x_TD, bias_ED = torch.zeros(1, 256), torch.zeros(4, 256)
+    assert backend_for(x_TD, weights, bias_ED, None) == native
+    assert backend_for(x_TD, make_ffn(256, 511, dtype=torch.float32)) == "torch"
+    assert backend_for(x_TD.double(), weights.to(torch.float64)) == "torch"
+    assert backend_for(x_TD.bfloat16(), weights) == "torch"
+    assert cpu_backend(512 * 256, torch.float16) == native
+    # What has gradients is computed by what can be differentiated.
+    bias_ED.requires_grad_()
+    assert backend_for(x_TD, weights, bias_ED) == "torch"
+    assert backend_for(x_TD, replace(weights, up_FD=weights.up_FD.requires_grad_())) == "torch"
+    with torch.no_grad():
+        assert backend_for(x_TD, weights, bias_ED) == native
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_triton_path_adds_the_shared_expert(
+    make_ffn: Any, make_routing: Any, uneven: bool
+) -> None:
+    pytest.importorskip("triton")
+    x_TD: Tensor = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    weights = make_ffn(16, 34, dtype=torch.float32, biases=True)
+    routing, bias_ED = make_routing(5, 4, 2, uneven=uneven), torch.ones(4, 16)
+    y_TD = triton_forward(x_TD, weights, routing, 10, bias_ED)
+    expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_forward
 from weaver.artifacts.types import SELECTIONS, Router
-from weaver.kernels.ops import grouped_forward
+from weaver.kernels.grouped import grouped_forward
 from weaver.kernels.reference import (
     Routing,
     masked_forward,

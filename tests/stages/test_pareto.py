@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_runs import file_times, run_config, run_stages
 
 from weaver.artifacts.store import read_json
 from weaver.config import PartitionConfig
 from weaver.errors import WeaverError
-from weaver.kernels import ops
-from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.stages.budget import BUDGET_FILE
 from weaver.stages.pareto import (
     Forecast,
     forecast_layouts,
     pareto_optimal,
-    predicted_speedup,
 )
 from weaver.stages.runner import StageContext
 
@@ -54,21 +50,6 @@ def test_a_point_is_optimal_unless_another_is_as_good_in_all_and_better_in_one()
     assert pareto_optimal(points[::-1]) == [False, True, True, False, True, True]
 
 
-def test_the_speed_up_is_that_of_the_faster_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "MACS_PER_SECOND", {torch.float32: 100.0})
-    monkeypatch.setattr(ops, "SECONDS_PER_VALUE", 0.5)
-    monkeypatch.setattr(ops, "SECONDS_PER_EXPERT", 4.0)
-    routed = LayerShape(10, 4, 10, 1, "linear")
-    account = ModelAccount(8, 50, 10_000, [routed, LayerShape(25)])
-
-    # Ten tokens, dense 3 * 8 * 10 * 50 / 100 = 120. Router 8 * 10 * 4 / 100 = 3.2; grouped adds
-    # 3 * 8 * (10 * 10 + 10 * 10) / 100 = 48, 10 * 8 * 0.5 = 40 and 4 * 4 = 16, masked 120.
-    seconds = 48 + 40 + 16 + 3.2
-    assert predicted_speedup(account, torch.float32, 10) == pytest.approx(240 / (seconds + 60))
-    # One token: grouped 4.8 + 4 + 4 is slower than masked, 12; the router takes 0.32.
-    assert predicted_speedup(account, torch.float32, 1) == pytest.approx(24 / (12.32 + 6))
-
-
 def test_layouts_by_number_of_experts(calibrated: Path) -> None:
     before = file_times(calibrated)
     rows, said = forecasts(calibrated)
@@ -82,9 +63,8 @@ def test_layouts_by_number_of_experts(calibrated: Path) -> None:
         # 48 of 64 neurons in three matrices, and a row of the router per expert.
         assert row.flops_ratio == pytest.approx((3 * 48 + row.num_experts) / (3 * 64))
         assert len(row.speedups) == 2
-        # Such a small layer is computed by the masked path, which saves nothing.
-        ratio = 3 * 64 / (3 * 64 + row.num_experts)
-        assert row.speedups == pytest.approx((ratio, ratio))
+        # In so small a layer routing costs more than could be saved.
+        assert all(0 < speedup < 1 for speedup in row.speedups)
     points = [(row.predicted_kl, row.speedups) for row in rows]
     assert [row.optimal for row in rows] == pareto_optimal(points)
 

@@ -80,7 +80,7 @@ def test_truncated_file_names_itself_and_the_fix(
         ("learning_rate", 0.5, r"learning_rate 2e-05 -> 0\.5"),
     ],
 )
-def test_other_settings_are_refused(  # noqa: PLR0917  (fixtures and parameters)
+def test_other_settings_are_refused(
     checkpoint: Path,
     make_model: ModelFactory,
     windows_WT: Tensor,

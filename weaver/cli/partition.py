@@ -96,7 +96,7 @@ def partition(
 
 
 def _show_forecasts(settings: PartitionConfig, forecasts: Sequence[Forecast]) -> None:
-    from weaver.stages.pareto import SPEED_TOKENS
+    from weaver.models.forecast import SPEED_TOKENS
 
     speeds = [f"speed-up at {n} token{'s' if n > 1 else ''}" for n in SPEED_TOKENS]
     headers = ("experts", "width", "active", "sparsity", "KL", "FFN FLOPs", *speeds, "optimal")

@@ -44,7 +44,11 @@ def _show_calibrate(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _show_partition(console: Console, summary: dict[str, Any]) -> None:
-    headers = ("layer", "shared", "shared share", "experts", "top-k", "active", "sparsity")
+    speeds = list(summary["layers"][0]["predicted_speedups"])
+    headers = (
+        *("layer", "shared", "shared share", "experts", "top-k", "active", "sparsity"),
+        *(f"predicted speed-up, T={tokens}" for tokens in speeds),
+    )
     rows = [
         (
             row["layer"],
@@ -54,6 +58,7 @@ def _show_partition(console: Console, summary: dict[str, Any]) -> None:
             row["top_k"],
             row["active_neurons"],
             format_percent(row["sparsity"]),
+            *(format_ratio(row["predicted_speedups"][tokens]) for tokens in speeds),
         )
         for row in summary["layers"]
     ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weaver.artifacts.results import BenchHeader, BenchRow
-from weaver.evaluation.timing import Timing, interleave
+from weaver.kernels.machine import cpu_name
+from weaver.kernels.timing import Timing, interleave
 
 
 @torch.inference_mode()
@@ -148,13 +148,6 @@ def device_header(dtype: torch.dtype, device: torch.device | None = None) -> Ben
             **{package: version(package) for package in ("torch", "transformers")},
         },
     )
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Name of the processor, as the kernel gives it; the architecture where there is no name."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, names), platform.processor() or platform.machine())
 
 
 class _Generation:

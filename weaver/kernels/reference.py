@@ -30,6 +30,7 @@ class Routing:
         weights_P: factor of the expert's output for that token, float32, (P,).
         num_tokens: T.
         num_experts: E.
+        top_k: K if every token has K pairs, None if their number differs.
     """
 
     tokens_P: Tensor
@@ -37,6 +38,7 @@ class Routing:
     weights_P: Tensor
     num_tokens: int
     num_experts: int
+    top_k: int | None = None
 
     @classmethod
     def of_top_k(cls, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Self:
@@ -49,7 +51,19 @@ class Routing:
         """
         tokens, top_k = ids_TK.shape
         tokens_P = torch.arange(tokens, device=ids_TK.device).repeat_interleave(top_k)
-        return cls(tokens_P, ids_TK.reshape(-1), weights_TK.reshape(-1), tokens, num_experts)
+        return cls(tokens_P, ids_TK.reshape(-1), weights_TK.reshape(-1), tokens, num_experts, top_k)
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The same with one row per token: expert ids and factors, (T, K).
+
+        Where the number of pairs differs from token to token, K is E and a slot that is not used
+        holds the id E and the factor 0.
+        """
+        if self.top_k is not None:
+            shape = (self.num_tokens, self.top_k)
+            return self.experts_P.view(shape), self.weights_P.view(shape)
+        ids_E = torch.arange(self.num_experts, device=self.experts_P.device)
+        return torch.where(self.selected_TE(), ids_E, self.num_experts), self.factors_TE()
 
     @property
     def num_pairs(self) -> int:

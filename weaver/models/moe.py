@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
-from weaver.kernels.ops import moe_forward
-from weaver.kernels.reference import Routing, route
+from weaver.kernels.ops import moe_forward, route_tokens
+from weaver.kernels.reference import Routing
 from weaver.models.accounting import LayerShape
 
 
@@ -113,7 +113,7 @@ class MoEFeedForward(nn.Module):
         if self.router is None:
             return None
         record = self.router.record()
-        return route(x_TD, record, self.activation, self.top_k, self.shape.selection)
+        return route_tokens(x_TD, self.weights(), record, self.top_k, self.shape.selection)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -11,14 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from weaver.config import PartitionConfig
 from weaver.errors import WeaverError
-from weaver.kernels.ops import Workload, predicted_seconds
 from weaver.methods.allocation import active_neurons
 from weaver.methods.registry import get_method, resolve_options
-from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
 from weaver.stages.converted import account_of
 from weaver.stages.parents import open_calibration
 from weaver.stages.partition import resolve
@@ -28,9 +25,6 @@ from weaver.stages.trials import Trial, try_layers
 
 # Ne that are compared, besides the configured one.
 NUM_EXPERTS = (8, 16, 32, 64)
-
-# Tokens in one forward at which the speed is predicted: decoding, and a prompt.
-SPEED_TOKENS = (1, 512)
 
 
 @dataclass(frozen=True)
@@ -126,34 +120,6 @@ def pareto_optimal(points: Sequence[tuple[float, Sequence[float]]]) -> list[bool
     ]
 
 
-def predicted_speedup(account: ModelAccount, dtype: torch.dtype, tokens: int) -> float:
-    """Dense over converted seconds of all FFNs, each by the faster of its two paths.
-
-    ``predicted_seconds`` says what the prediction covers; a threshold counts with its mean K.
-
-    Args:
-        account: shapes of the converted layers.
-        dtype: of the weights.
-        tokens: tokens in one forward.
-    """
-
-    def seconds(shape: LayerShape) -> float:
-        work = Workload(
-            hidden_size=account.hidden_size,
-            num_shared=shape.num_shared_neurons,
-            num_experts=shape.n_routed_experts,
-            width=shape.moe_intermediate_size,
-            num_tokens=tokens,
-            num_pairs=tokens * shape.num_experts_per_tok,
-            dtype=dtype,
-            router_rows=shape.router_rows,
-        )
-        return min(predicted_seconds(work, "masked"), predicted_seconds(work, "grouped"))
-
-    dense = len(account.layers) * seconds(account.dense_layer)
-    return dense / sum(seconds(layer) for layer in account.layers)
-
-
 @contextmanager
 def _noting(context: StageContext, count: int, refused: dict[int, WeaverError]) -> Iterator[None]:
     """A layout that cannot be made is said and kept in ``refused``; the others go on."""
@@ -175,7 +141,9 @@ def _forecast(
     checkpoint = splitter.checkpoint
     title = f"pareto: {splitter.num_experts} experts"
     tried = [row[0] for row in try_layers(context, splitter, trial, [active], title)]
-    account = account_of(checkpoint, [layer.shape for layer in tried])
+    shapes = [layer.shape for layer in tried]
+    account = account_of(checkpoint, shapes)
+    sizes = (checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.dtype)
     return Forecast(
         num_experts=splitter.num_experts,
         expert_width=splitter.width,
@@ -183,9 +151,7 @@ def _forecast(
         sparsity=1.0 - active / checkpoint.intermediate_size,
         predicted_kl=sum(layer.predicted_kl for layer in tried),
         flops_ratio=account.ffn_flops / account.dense_ffn_flops,
-        speedups=tuple(
-            predicted_speedup(account, checkpoint.dtype, tokens) for tokens in SPEED_TOKENS
-        ),
+        speedups=tuple(predicted_speedup(shapes, *sizes, tokens) for tokens in SPEED_TOKENS),
     )
 
 

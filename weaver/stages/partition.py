@@ -13,6 +13,8 @@ from weaver.artifacts.types import ExpertLayout
 from weaver.config import PartitionConfig, RouterConfig
 from weaver.methods.base import MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
+from weaver.models.accounting import LayerShape
+from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
 from weaver.models.stream import DecoderStream
 from weaver.stages.budget import Budget, allocate
 from weaver.stages.calibrate import read_packed_tokens
@@ -161,9 +163,17 @@ def _has_propagated(run: StageRun, splitter: LayerSplitter, layer: int) -> bool:
 
 
 def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str, Any]:
+    checkpoint = splitter.checkpoint
+    sizes = (checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.dtype)
     rows = []
-    for layer in range(splitter.checkpoint.num_layers):
+    for layer in range(checkpoint.num_layers):
         layout = read_record(run.layer_path(layer), ExpertLayout)
+        shape = LayerShape(
+            num_shared_neurons=layout.num_shared_neurons,
+            n_routed_experts=layout.num_routed_experts,
+            moe_intermediate_size=layout.expert_width,
+            num_experts_per_tok=layout.top_k,
+        )
         rows.append(
             {
                 "layer": layer,
@@ -175,6 +185,10 @@ def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str
                 "selection": layout.selection,
                 "active_neurons": layout.active_neurons,
                 "sparsity": round(layout.ffn_sparsity, 6),
+                "predicted_speedups": {
+                    str(tokens): round(predicted_speedup([shape], *sizes, tokens), 3)
+                    for tokens in SPEED_TOKENS
+                },
             }
         )
     summary: dict[str, Any] = {"method": splitter.spec.name, "scope": "ffn", "layers": rows}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weaver.evaluation import timing
-from weaver.evaluation.timing import Timing, interleave
+from weaver.kernels import timing
+from weaver.kernels.timing import Timing, interleave
 
 
 class Clock:

@@ -1,0 +1,74 @@
+"""Where the compiled kernel lies, who compiles it, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from weaver.kernels.cpu import build
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.is_available.cache_clear()
+    yield tmp_path / "weaver"
+    build.is_available.cache_clear()
+
+
+def test_a_machine_without_a_compiler_is_told_once_and_goes_on(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions\nand more")
+
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    with caplog.at_level(logging.WARNING):
+        assert [build.is_available(), build.is_available()] == [False, False]
+    compiling, failed = (record.getMessage() for record in caplog.records)
+    assert compiling.startswith("Compiling the CPU kernel")
+    assert "(Ninja is required to load C++ extensions)" in failed
+    assert "install a C++ compiler (g++ or clang) and ninja" in failed
+    assert [path.name for path in empty_cache.iterdir()] == ["build.lock"]
+
+
+def test_a_finished_build_is_renamed_into_place(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def load(name: str, sources: list[str], build_directory: str, **named: Any) -> None:
+        calls.append(named["extra_cflags"])
+        assert Path(sources[0]).is_file()
+        (Path(build_directory) / f"{name}.so").write_text("library")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(torch.ops, "load_library", calls.append)
+    library = build.library_path()
+    build._build(library)
+    assert library.read_text() == "library"
+    assert library.is_relative_to(empty_cache)
+    assert sorted(path.name for path in empty_cache.iterdir()) == [
+        "build.lock",
+        library.parent.name,
+    ]
+    # Another process that waited for the lock finds it there.
+    build._build(library)
+    assert len(calls) == 1
+    assert "-march=native" in calls[0]
+
+
+def test_another_processor_or_torch_has_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = build.library_path()
+    assert build.library_path() == here
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "cpu_features", lambda: "fpu sse")
+        assert build.library_path() != here
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    assert build.library_path() != here

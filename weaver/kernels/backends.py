@@ -1,0 +1,117 @@
+"""The implementations of the MoE FFN, and which of them a call can use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from weaver.algorithms.glu import GluWeights, glu_forward
+from weaver.kernels.cpu import build
+from weaver.kernels.cpu import op as native
+from weaver.kernels.grouped import grouped_forward, slice_neurons
+from weaver.kernels.reference import Routing, masked_forward, route
+
+Backend = Literal["torch", "native", "triton"]
+Path = Literal["masked", "grouped"]
+Masked = Callable[[Tensor, GluWeights, Routing | None, int, Tensor | None], Tensor]
+Grouped = Callable[[Tensor, GluWeights, Routing, int, Tensor | None], Tensor]
+
+# Weights of one matrix below which the overhead of any call outweighs what it computes.
+SMALL = 2**17
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """One implementation.
+
+    Args:
+        masked: all neurons, multiplied by their experts' factors; without a routing all of them.
+        grouped: the chosen experts only.
+        route: the experts of every token, as ``weaver.kernels.reference.route``.
+    """
+
+    masked: Masked
+    grouped: Grouped
+    route: Callable[..., Routing]
+
+    def __getitem__(self, path: Path) -> Grouped:
+        return self.masked if path == "masked" else self.grouped
+
+
+def forwards(backend: Backend) -> Forwards:
+    """The functions of a backend."""
+    if backend == "native":
+        return Forwards(native.masked, native.moe, native.route)
+    if backend == "triton":
+        return Forwards(masked_forward, triton_forward, route)
+    return Forwards(masked_forward, grouped_forward, route)
+
+
+def triton_forward(
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
+    """The shared expert as plain products, and the routed ones by the Triton kernels."""
+    # triton is missing on macOS, and nothing but a GPU needs it.
+    from weaver.kernels.gpu.op import routed_forward
+
+    shared_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared))
+    routed = slice_neurons(weights, num_shared, weights.intermediate_size)
+    ids_TK, factors_TK = routing.slots()
+    return shared_TD + routed_forward(
+        x_TD,
+        routed.gate_FD,
+        routed.up_FD,
+        routed.down_FD,
+        ids_TK,
+        factors_TK,
+        routing.num_experts,
+        weights.activation,
+        routed.gate_bias_F,
+        routed.up_bias_F,
+        expert_bias_ED,
+    )
+
+
+def backend_for(x_TD: Tensor, weights: GluWeights, *differentiable: Tensor | None) -> Backend:
+    """What computes a call.
+
+    triton: on a CUDA device with the triton package, gradients included. native: on a CPU in one of
+    its dtypes, without gradients, if the kernel can be compiled. torch: everything else, and layers
+    so small (``SMALL``) that nothing is gained.
+
+    Args:
+        x_TD: inputs.
+        weights: the FFN.
+        differentiable: other tensors that may need gradients.
+    """
+    size, dtype = weights.gate_FD.numel(), weights.gate_FD.dtype
+    if x_TD.dtype != dtype:
+        return "torch"
+    if x_TD.is_cuda and find_spec("triton"):
+        return "triton" if size >= SMALL and dtype in native.DTYPES else "torch"
+    if x_TD.device.type != "cpu":
+        return "torch"
+    tensors = (x_TD, weights.gate_FD, weights.up_FD, weights.down_FD, *differentiable)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "torch"
+    return cpu_backend(size, dtype)
+
+
+def cpu_backend(size: int, dtype: torch.dtype) -> Backend:
+    """What computes on a CPU without gradients.
+
+    Args:
+        size: weights of one matrix.
+        dtype: of weights and inputs.
+    """
+    wanted = size >= SMALL and dtype in native.DTYPES
+    return "native" if wanted and build.is_available() else "torch"

@@ -1,0 +1,205 @@
+"""What the MoE FFN costs on this machine: measured once per kind of layer, and kept.
+
+Which path is faster depends on the processor, the dtype, the sizes and the number of threads, and
+no formula says it well. So a kind of layer (``Family``) is timed when it is first met, at a few
+numbers of tokens; what a call will cost is interpolated. The times are kept in a file, so that the
+choice made from them, and with it every bit of the output, stays the same from run to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path as FilePath
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from weaver.algorithms.glu import ACTIVATIONS, GluWeights
+from weaver.artifacts.types import Router
+from weaver.kernels.backends import Backend, Path, forwards
+from weaver.kernels.cpu.build import library_path
+from weaver.kernels.grouped import slice_neurons
+from weaver.kernels.machine import cache_folder, cpu_name
+from weaver.kernels.reference import Routing
+from weaver.kernels.timing import interleave
+
+# Tokens at which a family is timed; times in between are interpolated, beyond extrapolated.
+TOKENS = (1, 4, 16, 64, 256)
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Family:
+    """Layers that cost the same: all that matters but the split into shared and routed neurons.
+
+    Args:
+        hidden_size: D.
+        neurons: F', all neurons that are stored.
+        width: N.
+        dtype: of weights and inputs.
+        device: type of the device.
+        backend: which implementation computes.
+        threads: of torch.
+    """
+
+    hidden_size: int
+    neurons: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    backend: Backend
+    threads: int
+
+    @property
+    def file(self) -> FilePath:
+        """Where its costs are kept."""
+        device = torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
+        kernel = library_path().parent.name if self.backend == "native" else ""
+        text = f"{self} {device} torch {torch.__version__} {kernel} {TOKENS}"
+        return cache_folder() / f"costs-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call on a layer of a family.
+
+    Args:
+        num_shared: S.
+        num_experts: E; 0 for a dense FFN.
+        num_tokens: T.
+        num_pairs: P, selected pairs of token and expert; T K for top-k.
+    """
+
+    num_shared: int
+    num_experts: int
+    num_tokens: int
+    num_pairs: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that were measured for a family, at each of ``TOKENS``.
+
+    Args:
+        dense: the dense FFN as a model has it, with three ``torch.nn.functional.linear``.
+        masked: all neurons, multiplied by their experts' factors.
+        expert: one expert of N neurons for so many tokens, drawn from twice as many; its gathering
+            and adding included.
+        routing: scores and selection of a linear router with F' / N rows.
+    """
+
+    dense: tuple[float, ...]
+    masked: tuple[float, ...]
+    expert: tuple[float, ...]
+    routing: tuple[float, ...]
+
+    def seconds(self, work: Workload, family: Family, path: Path) -> float:
+        """Predicted seconds of one call, the router left out.
+
+        masked: ``t_masked(T)``. grouped: ``t_masked(T) S / F' + U t_expert(P / U)`` with
+        ``U = min(E, P)`` experts used, each by as many tokens as the others.
+        """
+        masked = self.at(self.masked, work.num_tokens)
+        if path == "masked":
+            return masked
+        used = min(work.num_experts, work.num_pairs)
+        shared = masked * work.num_shared / family.neurons
+        return shared + (used * self.at(self.expert, work.num_pairs / used) if used else 0.0)
+
+    def faster(self, work: Workload, family: Family) -> Path:
+        """The path that is predicted to be faster."""
+        grouped, masked = (self.seconds(work, family, path) for path in ("grouped", "masked"))
+        return "grouped" if grouped < masked else "masked"
+
+    @staticmethod
+    def at(seconds: tuple[float, ...], tokens: float) -> float:
+        """Seconds at a number of tokens: linear in between, and beyond by the last two."""
+        if tokens <= TOKENS[-1]:
+            return float(np.interp(tokens, TOKENS, seconds))
+        slope = (seconds[-1] - seconds[-2]) / (TOKENS[-1] - TOKENS[-2])
+        return seconds[-1] + max(slope, 0.0) * (tokens - TOKENS[-1])
+
+
+@cache
+def costs_of(family: Family) -> Costs:
+    """The costs of a family: read, or measured and written.
+
+    Of processes that measure at once all go on with what the first one wrote.
+    """
+    file = family.file
+    if not file.exists():
+        measured = measure(family)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"family": str(family), **asdict(measured)}, indent=1))
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    values = json.loads(file.read_text())
+    return Costs(**{name: tuple(values[name]) for name in Costs.__dataclass_fields__})
+
+
+@torch.no_grad()
+def measure(family: Family) -> Costs:
+    """Time a family on a layer of constants: how long a product takes does not depend on values."""
+    device, sizes = torch.device(family.device), (family.neurons, family.hidden_size)
+    matrix_FD = torch.full(sizes, 0.01, dtype=family.dtype, device=device)
+    gate_FD, up_FD, down_FD = matrix_FD, matrix_FD.clone(), matrix_FD.clone()
+    down_DF = matrix_FD.t().contiguous()
+    weights = GluWeights(gate_FD, up_FD, down_FD, "silu")
+    experts = family.neurons // family.width
+    shared = family.neurons - experts * family.width
+    routed = slice_neurons(weights, shared, family.neurons)
+    router = Router(
+        kind="linear",
+        weight_ED=matrix_FD[:experts].clone(),
+        scale_E=torch.zeros(experts, device=device),
+        balance_bias_E=torch.zeros(experts, device=device),
+    )
+    chosen = forwards(family.backend)
+    seconds: dict[str, list[float]] = {"dense": [], "masked": [], "expert": [], "routing": []}
+    for tokens in TOKENS:
+        x_TD = torch.full((tokens, family.hidden_size), 0.01, dtype=family.dtype, device=device)
+        twice_TD = torch.cat([x_TD, x_TD])
+        every, half = (_routing(count, tokens, experts, device) for count in (tokens, 2 * tokens))
+
+        def dense(x_TD: Tensor = x_TD) -> None:
+            gate_TF = ACTIVATIONS["silu"](functional.linear(x_TD, gate_FD))
+            functional.linear(gate_TF * functional.linear(x_TD, up_FD), down_DF)
+
+        timings = interleave(
+            {
+                "dense": dense,
+                "masked": partial(_call, chosen.masked, x_TD, weights, every, shared),
+                "expert": partial(_call, chosen.grouped, twice_TD, routed, half, 0),
+                "routing": partial(_call, chosen.route, x_TD, router, "silu", max(1, experts // 2)),
+            },
+            repeats=REPEATS,
+            warmup=1,
+        )
+        for name, timing in timings.items():
+            seconds[name].append(timing.median / (experts if name == "expert" else 1))
+    return Costs(**{name: tuple(values) for name, values in seconds.items()})
+
+
+def _routing(tokens: int, chosen: int, experts: int, device: torch.device) -> Routing:
+    """Every expert has ``chosen`` of the tokens, drawn evenly."""
+    generator = torch.Generator().manual_seed(0)
+    rank_ET = torch.rand(experts, tokens, generator=generator).argsort().argsort()
+    tokens_P, experts_P = (chosen > rank_ET.T).nonzero(as_tuple=True)
+    ones_P = torch.ones(len(tokens_P), device=device)
+    return Routing(tokens_P.to(device), experts_P.to(device), ones_P, tokens, experts)
+
+
+def _call(function: Callable[..., object], *arguments: object) -> None:
+    function(*arguments)

@@ -1,0 +1,108 @@
+"""Compiling the C++ kernel once per machine, and loading it.
+
+The library is made for the processor it runs on (``-march=native``) and against the installed
+torch, so its folder is named after both and after the source. It is built in a temporary folder
+and renamed into place: whoever is killed meanwhile leaves nothing behind, and a lock lets only one
+process compile.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from subprocess import SubprocessError
+
+import torch
+
+from weaver.kernels.machine import cache_folder, cpu_features
+
+NAME = "weaver_cpu"
+SOURCES = ("kernel.cpp", "amx.h", "vector.h")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi")
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def is_available() -> bool:
+    """Whether ``torch.ops.weaver_cpu`` can be called; compiles the kernel if it has to.
+
+    Without a compiler the answer is no, and a warning says once what is slower and what to install.
+    """
+    library = library_path()
+    try:
+        if not library.exists():
+            _build(library)
+        if not hasattr(torch.ops.weaver_cpu, "moe"):
+            torch.ops.load_library(str(library))
+    except (OSError, RuntimeError, SubprocessError) as error:
+        reason = str(error).strip().splitlines()
+        _log.warning(
+            "The CPU kernel could not be compiled (%s). torch's own operations take its place and "
+            "are slower. To get it: install a C++ compiler (g++ or clang) and ninja.",
+            reason[0] if reason else type(error).__name__,
+        )
+        return False
+    return True
+
+
+def library_path() -> Path:
+    """Where the library for this source, torch and processor lies or would lie."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    for text in (torch.__version__, platform.machine(), cpu_features(), " ".join(FLAGS)):
+        digest.update(text.encode() + b"\0")
+    return cache_folder() / f"kernel-{digest.hexdigest()[:16]}" / f"{NAME}.so"
+
+
+def _build(library: Path) -> None:
+    # Slow to import, and not needed where the library is there.
+    from torch.utils import cpp_extension
+
+    library.parent.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(library.parent.parent / "build.lock"):
+        if library.exists():
+            return
+        _log.warning("Compiling the CPU kernel, once for this machine; it takes about a minute.")
+        # at::parallel_for is OpenMP on Linux; the runtime is the one that torch has loaded.
+        flags = [*FLAGS, "-fopenmp"] if sys.platform == "linux" else list(FLAGS)
+        with tempfile.TemporaryDirectory(dir=library.parent.parent) as folder, _scripts_on_path():
+            cpp_extension.load(
+                NAME,
+                [str(Path(__file__).parent / "kernel.cpp")],
+                extra_cflags=flags,
+                build_directory=folder,
+                is_python_module=False,
+            )
+            library.parent.mkdir(exist_ok=True)
+            os.replace(Path(folder) / f"{NAME}.so", library)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        # Released by the system when a process ends in whatever way.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _scripts_on_path() -> Iterator[None]:
+    """The environment's own programs, ninja among them, even where it was not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts")])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

@@ -1,0 +1,94 @@
+"""The C++ kernel with the arguments that every forward path takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.types import Router, Selection
+from weaver.kernels.reference import Routing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def moe(
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
+    """The MoE FFN from the chosen experts alone; see ``weaver.kernels.reference.masked_forward``.
+
+    A slice of neurons with few tokens is read once, row by row, for all of them; with more tokens
+    it is computed by matrix products: in bfloat16 on AMX tiles where the processor has them, else
+    by torch's. Sums over neurons and experts are float32. Their order follows from shapes, routing
+    and number of threads, so that a call repeats bit by bit.
+
+    Args:
+        x_TD: FFN inputs on the CPU, in one of ``DTYPES``, (T, D).
+        weights: the permuted FFN in the same dtype, shared neurons first; rows may be strided.
+        routing: the tokens' experts.
+        num_shared: S.
+        expert_bias_ED: constant of every expert, (E, D), or None.
+    """
+    y_TD: Tensor = torch.ops.weaver_cpu.moe(
+        *_common(x_TD, weights, expert_bias_ED),
+        num_shared,
+        routing.num_experts,
+        routing.tokens_P,
+        routing.experts_P,
+        routing.weights_P,
+    )
+    return y_TD
+
+
+def masked(
+    x_TD: Tensor,
+    weights: GluWeights,
+    routing: Routing | None,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
+    """The same from all neurons, each multiplied by its expert's factor; routing None is dense."""
+    factors_TE = None if routing is None else routing.factors_TE()
+    y_TD: Tensor = torch.ops.weaver_cpu.masked(
+        *_common(x_TD, weights, expert_bias_ED), num_shared, factors_TE
+    )
+    return y_TD
+
+
+def route(
+    x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
+) -> Routing:
+    """The experts of every token in one call; see ``weaver.kernels.reference.route``."""
+    k = top_k if selection == "top-k" else None
+    tokens_P, experts_P, factors_P = torch.ops.weaver_cpu.route(
+        x_TD,
+        router.weight_ED,
+        router.up_weight_ED,
+        router.bias_E,
+        router.scale_E,
+        router.balance_bias_E,
+        activation,
+        k or 0,
+    )
+    experts = router.weight_ED.shape[0]
+    return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
+
+
+def _common(
+    x_TD: Tensor, weights: GluWeights, expert_bias_ED: Tensor | None
+) -> tuple[Tensor | str | None, ...]:
+    return (
+        x_TD,
+        weights.gate_FD,
+        weights.up_FD,
+        weights.down_FD,
+        weights.gate_bias_F,
+        weights.up_bias_F,
+        weights.output_bias_D,
+        expert_bias_ED,
+        weights.activation,
+    )
