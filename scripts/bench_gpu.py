@@ -206,7 +206,7 @@ def measure(problem: Problem, repeats: int) -> dict[str, dict[str, float]]:
     for name in ("dense", "weaver") if problem.x_TD.is_cuda else ():
         functions[f"{name}, graph"] = captured(functions[name])[0]  # type: ignore[assignment]
     with torch.inference_mode():
-        timings = interleave(functions, repeats=repeats, warmup=5)  # type: ignore[arg-type]
+        timings = interleave(functions, repeats=repeats, warmup=5)
     return {name: {"median": t.median, "p10": t.p10, "p90": t.p90} for name, t in timings.items()}
 
 

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weaver.evaluation.speed import (
     device_header,
     measure_decode,
-    measure_layer,
     measure_prefill,
 )
 from weaver.kernels import timing
@@ -155,57 +154,6 @@ def test_decode_rejects_misuse(
     ids_1T = torch.zeros(shape, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         measure_decode(models, ids_1T, new_tokens, bound=1.0, repeats=1, warmup=0)
-
-
-class FakeLayer(nn.Module):
-    def __init__(self, clock: Clock, cost: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-        self.clock, self.cost = clock, cost
-        self.inputs: list[Tensor] = []
-
-    def forward(self, x_1TD: Tensor) -> Tensor:
-        self.inputs.append(x_1TD)
-        self.clock.sleep(self.cost)
-        return x_1TD
-
-
-@pytest.mark.parametrize(("tokens", "phase"), [(1, "decode"), (6, "prefill")])
-def test_layer_row(clock: Clock, tokens: int, phase: str) -> None:
-    dense, moe = FakeLayer(clock, 0.25), FakeLayer(clock, 0.5)
-    row = measure_layer(
-        dense,
-        moe,
-        hidden_size=3,
-        tokens=tokens,
-        dtype=torch.bfloat16,
-        bound=1.25,
-        repeats=2,
-        warmup=1,
-    )
-    assert (row.tokens, row.phase) == (tokens, phase)
-    assert row.speedup == pytest.approx(0.5)
-    assert row.bound_share == pytest.approx(0.4)
-    assert len(dense.inputs) == len(moe.inputs) == 3
-    assert dense.inputs[0].shape == (1, tokens, 3)
-    assert dense.inputs[0].dtype == torch.bfloat16
-    assert torch.equal(dense.inputs[0], moe.inputs[2])
-    assert bool(dense.inputs[0].any())
-
-
-def test_layer_of_another_dtype(clock: Clock) -> None:
-    layer = FakeLayer(clock, 1.0)
-    with pytest.raises(ValueError, match=r"dense module has weights of .*bfloat16.*, not torch.fl"):
-        measure_layer(
-            layer,
-            layer,
-            hidden_size=3,
-            tokens=1,
-            dtype=torch.float32,
-            bound=1.0,
-            repeats=1,
-            warmup=0,
-        )
 
 
 def test_header() -> None:

@@ -42,6 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
             return "grouped" if work.num_pairs == work.num_tokens else "masked"
 
     monkeypatch.setattr(ops, "costs_of", costs_of)
+    ops._path.cache_clear()
     monkeypatch.setattr(ops, "_said", set())
     return families
 
@@ -53,6 +54,9 @@ def test_the_costs_of_the_layers_family_decide(asked: list[Family]) -> None:
     threads = torch.get_num_threads()
     expected = Family(256, 512, 100, torch.float32, "meta", "native", threads)
     assert asked == [expected, expected]
+    # An answer is looked up the second time.
+    choose_path(weights, first_experts(10, 2, 4), 112, "native")
+    assert len(asked) == 2
 
 
 def test_a_layer_too_small_to_gain_is_masked_unmeasured(asked: list[Family]) -> None:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Milliseconds = Annotated[float, Field(gt=0.0)]
+FfnLevel = Literal["layer", "kernel"]
+BenchLevel = Literal["model"] | FfnLevel
+BenchRouting = Literal["real", "uniform", "skewed"]
 
 
 class Record(BaseModel):
@@ -217,12 +220,26 @@ class EvalResult(Record):
 
 
 class BenchHeader(Record):
-    """Where the times were taken."""
+    """Where the times were taken.
+
+    Args:
+        device: name of the processor or GPU.
+        threads: threads of torch.
+        dtype: dtype of the models or layers.
+        versions: package versions that took part.
+        level: what was timed: whole models, one FFN with its router, or one FFN without it.
+        routing: where routing came from: text (real), or random inputs that spread evenly over the
+            experts or are drawn to few of them.
+        peak_memory_bytes: peak of the process, both models or layers included; None if unknown.
+    """
 
     device: str
     threads: int = Field(gt=0)
     dtype: str
     versions: dict[str, str] = {}
+    level: BenchLevel = "model"
+    routing: BenchRouting = "real"
+    peak_memory_bytes: int | None = None
 
 
 class BenchRow(Record):
@@ -233,9 +250,17 @@ class BenchRow(Record):
         phase: prefill or decode.
         dense_ms, moe_ms: median milliseconds; ``*_p10_ms`` and ``*_p90_ms`` the spread.
         speedup: ``dense_ms / moe_ms``; below 1 the converted model is slower.
-        bound: ceiling of the speed-up.
+        bound: ceiling of the speed-up, from what has to be computed or, for few tokens, read.
         bound_share: ``speedup / bound``.
         dense_tokens_per_second, moe_tokens_per_second: tokens over the median time.
+        layer: index of the layer in the model.
+        dense_variant: the fastest way to compute the dense FFN, which ``dense_ms`` is of.
+        path: how the converted FFN was computed.
+        grouped_mm_ms: the same FFN with transformers' ``grouped_mm`` experts.
+        routing_ms: the router alone.
+        relative_error: norm of the output's error against float64 over the norm of the output.
+
+    The last six are of single FFNs; None where they were not measured.
     """
 
     tokens: int = Field(gt=0)
@@ -251,6 +276,12 @@ class BenchRow(Record):
     bound_share: float = Field(gt=0.0)
     dense_tokens_per_second: float = Field(gt=0.0)
     moe_tokens_per_second: float = Field(gt=0.0)
+    layer: int | None = None
+    dense_variant: str | None = None
+    path: str | None = None
+    grouped_mm_ms: Milliseconds | None = None
+    routing_ms: Milliseconds | None = None
+    relative_error: float | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

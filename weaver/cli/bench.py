@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.options import ConfigFile, DryRun, Force, Overrides, RunDir, Seed
-from weaver.cli.session import make_context, run_stage
+from weaver.cli.options import ConfigFile, DryRun, Force, Overrides, Seed
+from weaver.cli.session import console, make_context, run_stage
 from weaver.config import BenchConfig, load_section, load_seed
+from weaver.errors import WeaverError
+
+if TYPE_CHECKING:
+    from weaver.artifacts.results import BenchResult, FfnLevel
+
+
+class Level(StrEnum):
+    """What is timed."""
+
+    MODEL = "model"
+    LAYER = "layer"
+    KERNEL = "kernel"
+
+
+class Routing(StrEnum):
+    """Where the routing of single FFNs comes from."""
+
+    REAL = "real"
+    UNIFORM = "uniform"
+    SKEWED = "skewed"
 
 
 def bench(
-    run_dir: RunDir,
-    tokens: Annotated[str | None, typer.Option(help="Prefill lengths, such as 1,128,512.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", "-r", help="Folder of a run; or name sizes, or a roofline."),
+    ] = None,
+    level: Annotated[
+        Level, typer.Option(help="Whole models, or one FFN with (layer) or without its router.")
+    ] = Level.MODEL,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens in one forward, such as 1,128,512.")
+    ] = None,
     decode_tokens: Annotated[
         int | None, typer.Option(help="Tokens decoded with a KV cache; 0 for none.")
     ] = None,
@@ -22,13 +52,35 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(help="auto (as the dense model), float32, bfloat16, float16.")
     ] = None,
+    routing: Annotated[
+        Routing | None,
+        typer.Option(
+            help="Of single FFNs: recorded on text, or random inputs. [default: real with "
+            "--run-dir, else uniform]"
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="FFN of the run to time; may be repeated.")
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Time an FFN of random weights: its hidden size.")
+    ] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Its neurons.")] = None,
+    num_experts: Annotated[int, typer.Option(help="Its slices, shared ones counted in.")] = 8,
+    sparsity: Annotated[float, typer.Option(help="Its FFN sparsity.")] = 0.25,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows of single FFNs here.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the speed-ups of single FFNs here, as SVG.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Time the converted model against the dense one, in turn and in one process."""
+    """Time the converted model, or single FFNs, against the dense one: in turn, in one process."""
     flags = {
         "tokens": None if tokens is None else tokens.split(","),
         "decode_tokens": decode_tokens,
@@ -37,16 +89,66 @@ def bench(
         "dtype": dtype,
     }
     settings = load_section(BenchConfig, "bench", config, overrides or [], flags)
-    from weaver.stages.bench import bench as stage
-
+    sizes = (hidden_size, intermediate_size)
+    is_size = any(size is not None for size in sizes)
+    _check(run_dir, level, sizes, is_size=is_size)
     context = make_context(
-        run_dir,
+        run_dir or Path(),
         seed=load_seed(config, overrides or [], seed),
         force=force,
         dry_run=dry_run,
         data_dir=None,
     )
-    run_stage(context, "bench", lambda c: stage(c, settings))
+    if level == Level.MODEL:
+        from weaver.stages.bench import bench as stage
+
+        run_stage(context, "bench", lambda c: stage(c, settings))
+        return
+    from weaver.stages.bench_layers import LayerSize, bench_run, bench_size
+
+    of: FfnLevel = "layer" if level == Level.LAYER else "kernel"
+
+    if is_size:
+        assert hidden_size is not None
+        assert intermediate_size is not None
+        size = LayerSize(hidden_size, intermediate_size, num_experts, sparsity)
+        chosen = routing or Routing.UNIFORM
+        result = bench_size(context, settings, size, of, chosen.value)
+    else:
+        chosen = routing or Routing.REAL
+        result = bench_run(context, settings, layer or [], of, chosen.value)
+    _report(result, json_file, plot)
+
+
+def _check(
+    run_dir: Path | None, level: Level, sizes: tuple[int | None, int | None], *, is_size: bool
+) -> None:
+    """Either a run or the size of an FFN is timed."""
+    if is_size and (level == Level.MODEL or None in sizes or run_dir is not None):
+        raise WeaverError(
+            "the size of an FFN goes with neither whole models nor a run",
+            why="--hidden-size and --intermediate-size together name an FFN of random weights",
+            fix="--level layer --hidden-size 2048 --intermediate-size 8192, without --run-dir",
+        )
+    if not is_size and run_dir is None:
+        raise WeaverError(
+            "nothing to time",
+            why="bench times the converted model of a run, or an FFN of a given size",
+            fix="--run-dir RUN, or --level layer --hidden-size 2048 --intermediate-size 8192",
+        )
+
+
+def _report(result: BenchResult, json_file: Path | None, plot: Path | None) -> None:
+    from weaver.artifacts.store import write_json, write_text
+    from weaver.cli.show import show_bench
+    from weaver.report.plots import speedup_plot
+    from weaver.stages.bench import summary
+
+    show_bench(console, summary(result))
+    if json_file is not None:
+        write_json(json_file, result.flat_rows())
+    if plot is not None:
+        write_text(plot, speedup_plot(result))
 
 
 def add_to(app: typer.Typer) -> None:

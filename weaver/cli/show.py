@@ -137,23 +137,48 @@ def _show_router_report(console: Console, report: dict[str, Any]) -> None:
     console.print(console_table(title, headers, rows))
 
 
-def _show_bench(console: Console, summary: dict[str, Any]) -> None:
+def show_bench(console: Console, summary: dict[str, Any]) -> None:
+    """Dense against converted, a row per number of tokens; what was not measured has no column."""
     header = summary["header"]
-    headers = ("phase", "tokens", "dense ms", "converted ms", "speed-up", "bound", "of bound")
-    rows = [
-        (
-            row["phase"],
-            row["tokens"],
-            f"{row['dense_ms']:.2f}",
-            f"{row['moe_ms']:.2f}",
-            format_ratio(row["speedup"]) + (" slower than dense" if row["speedup"] < 1 else ""),
-            format_ratio(row["bound"]),
-            format_percent(row["bound_share"]),
-        )
-        for row in summary["rows"]
-    ]
-    title = f"{header['device']}, {header['threads']} threads, {header['dtype']}, medians"
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "layer": lambda row: str(row["layer"]),
+        "phase": lambda row: str(row["phase"]),
+        "tokens": lambda row: str(row["tokens"]),
+        "dense ms": lambda row: _milliseconds(row, "dense"),
+        "converted ms": lambda row: _milliseconds(row, "moe"),
+        "speed-up": lambda row: (
+            format_ratio(row["speedup"]) + (" slower than dense" if row["speedup"] < 1 else "")
+        ),
+        "bound": lambda row: format_ratio(row["bound"]),
+        "of bound": lambda row: format_percent(row["bound_share"]),
+        "path": lambda row: row["path"],
+        "grouped_mm ms": lambda row: f"{row['grouped_mm_ms']:.2f}",
+        "routing ms": lambda row: f"{row['routing_ms']:.3f}",
+        "relative error": lambda row: f"{row['relative_error']:.1e}",
+    }
+    optional = {
+        "layer": "layer",
+        "path": "path",
+        "grouped_mm ms": "grouped_mm_ms",
+        "routing ms": "routing_ms",
+        "relative error": "relative_error",
+    }
+    first = summary["rows"][0]
+    headers = [name for name in columns if first[optional.get(name, "tokens")] is not None]
+    rows = [tuple(columns[name](row) for name in headers) for row in summary["rows"]]
+    peak = header["peak_memory_bytes"]
+    title = (
+        f"{header['device']}, {header['threads']} thread(s), {header['dtype']}, "
+        f"torch {header['versions']['torch']}; level {header['level']}, "
+        f"{header['routing']} routing; medians (p10-p90)"
+        + (f"; peak memory {format_bytes(peak)}" if peak else "")
+    )
     console.print(console_table(title, headers, rows))
+
+
+def _milliseconds(row: dict[str, Any], which: str) -> str:
+    low, middle, high = (row[f"{which}_{key}ms"] for key in ("p10_", "", "p90_"))
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 _SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {
@@ -163,7 +188,7 @@ _SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {
     "assemble": _show_assemble,
     "finetune": _show_finetune,
     "eval": _show_eval,
-    "bench": _show_bench,
+    "bench": show_bench,
 }
 
 

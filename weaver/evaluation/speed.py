@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from weaver.artifacts.results import BenchHeader, BenchRow
+from weaver.artifacts.results import BenchHeader, BenchLevel, BenchRouting, BenchRow
 from weaver.kernels.machine import cpu_name
 from weaver.kernels.timing import Timing, interleave
 
@@ -42,7 +42,13 @@ def measure_prefill(
     timings = interleave(
         {name: run.first_token for name, run in runs.items()}, repeats=repeats, warmup=warmup
     )
-    return _row(timings, phase="prefill", tokens=ids_1T.shape[1], bound=bound)
+    return bench_row(
+        timings["dense"],
+        timings["moe"],
+        phase="prefill",
+        tokens=ids_1T.shape[1],
+        bound=bound,
+    )
 
 
 @torch.inference_mode()
@@ -79,64 +85,24 @@ def measure_decode(
         warmup=warmup,
         prepare={name: run.first_token for name, run in runs.items()},
     )
-    return _row(timings, phase="decode", tokens=new_tokens, bound=bound)
-
-
-@torch.inference_mode()
-def measure_layer(
-    dense: nn.Module,
-    moe: nn.Module,
-    *,
-    hidden_size: int,
-    tokens: int,
-    dtype: torch.dtype,
-    bound: float,
-    repeats: int,
-    warmup: int,
-    seed: int = 0,
-) -> BenchRow:
-    """Time one FFN module against its converted one on standard normal inputs.
-
-    The inputs are not those of a model: a linear router spreads them nearly evenly over the
-    experts, and a threshold selects another number of experts than on text.
-
-    Args:
-        dense: maps (1, T, D) to (1, T, D).
-        moe: the same for the converted module.
-        hidden_size: D.
-        tokens: T; the row counts as decode at one token, else as prefill.
-        dtype: dtype of the inputs and of both modules.
-        bound: ceiling of the speed-up for the layer.
-        repeats: timed rounds.
-        warmup: rounds not counted.
-        seed: of the inputs.
-
-    Raises:
-        ValueError: a module has weights of another dtype.
-    """
-    modules = {"dense": dense, "moe": moe}
-    for name, module in modules.items():
-        dtypes = {str(p.dtype) for p in module.parameters()} - {str(dtype)}
-        if dtypes:
-            raise ValueError(f"the {name} module has weights of {dtypes}, not {dtype}")
-    generator = torch.Generator().manual_seed(seed)
-    x_1TD = torch.randn(1, tokens, hidden_size, generator=generator).to(dtype)
-    x_1TD = x_1TD.to(next(iter(dense.parameters())).device)
-    timings = interleave(
-        {name: _forward(module, x_1TD) for name, module in modules.items()},
-        repeats=repeats,
-        warmup=warmup,
+    return bench_row(
+        timings["dense"], timings["moe"], phase="decode", tokens=new_tokens, bound=bound
     )
-    phase: Literal["prefill", "decode"] = "decode" if tokens == 1 else "prefill"
-    return _row(timings, phase=phase, tokens=tokens, bound=bound)
 
 
-def device_header(dtype: torch.dtype, device: torch.device | None = None) -> BenchHeader:
+def device_header(
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    level: BenchLevel = "model",
+    routing: BenchRouting = "real",
+) -> BenchHeader:
     """Where times are taken: processor or GPU, torch's threads, dtype, versions.
 
     Args:
         dtype: dtype of the models.
         device: device of the models; None for the CPU.
+        level: what is timed.
+        routing: where routing comes from.
     """
     is_gpu = device is not None and device.type == "cuda"
     return BenchHeader(
@@ -147,6 +113,8 @@ def device_header(dtype: torch.dtype, device: torch.device | None = None) -> Ben
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers")},
         },
+        level=level,
+        routing=routing,
     )
 
 
@@ -197,17 +165,16 @@ def _generations(models: Mapping[str, nn.Module], ids_1T: Tensor) -> dict[str, _
     return {name: _Generation(models[name], ids_1T) for name in ("dense", "moe")}
 
 
-def _forward(module: nn.Module, x_1TD: Tensor) -> Callable[[], None]:
-    def forward() -> None:
-        module(x_1TD)
-
-    return forward
-
-
-def _row(
-    timings: Mapping[str, Timing], *, phase: Literal["prefill", "decode"], tokens: int, bound: float
+def bench_row(
+    dense: Timing,
+    moe: Timing,
+    *,
+    phase: Literal["prefill", "decode"],
+    tokens: int,
+    bound: float,
+    **more: Any,
 ) -> BenchRow:
-    dense, moe = timings["dense"], timings["moe"]
+    """Dense against converted from their timings; ``more`` are further fields of the row."""
     speedup = dense.median / moe.median
     return BenchRow(
         tokens=tokens,
@@ -223,4 +190,5 @@ def _row(
         bound_share=speedup / bound,
         dense_tokens_per_second=tokens / dense.median,
         moe_tokens_per_second=tokens / moe.median,
+        **more,
     )

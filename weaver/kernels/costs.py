@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path as FilePath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,8 +67,7 @@ class Family:
         return cache_folder() / f"costs-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """One call on a layer of a family.
 
     Args:

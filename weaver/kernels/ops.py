@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,9 +12,33 @@ from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Router, Selection
 from weaver.kernels.backends import SMALL, Backend, Path, backend_for, forwards
 from weaver.kernels.costs import Family, Workload, costs_of
+from weaver.kernels.cpu import op as native
 from weaver.kernels.reference import Routing
 
 _log = logging.getLogger(__name__)
+
+
+# Up to so many tokens the CPU kernel reads rows and multiplies nothing that is not chosen: no path
+# has to be looked for.
+DECODED = 4
+
+
+def layer_forward(
+    x_TD: Tensor,
+    weights: GluWeights,
+    router: Router,
+    top_k: int,
+    selection: Selection,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
+    """Router and MoE FFN, as a model calls them; see ``route`` and ``masked_forward``."""
+    backend = backend_for(x_TD, weights, router.weight_ED, router.scale_E, expert_bias_ED)
+    if backend == "native" and x_TD.shape[0] <= DECODED:
+        rest = (top_k, selection, num_shared, expert_bias_ED)
+        return native.decode(x_TD, weights, router, *rest)
+    routing = route_tokens(x_TD, weights, router, top_k, selection)
+    return moe_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
 
 
 def moe_forward(
@@ -56,19 +81,40 @@ def choose_path(weights: GluWeights, routing: Routing, num_shared: int, backend:
     experts, tokens = routing.num_experts, routing.num_tokens
     if backend == "torch" and neurons * hidden < SMALL:
         return "masked"
+    return _path(
+        Workload(num_shared, experts, tokens, routing.num_pairs),
+        hidden,
+        neurons,
+        weights.gate_FD.dtype,
+        weights.gate_FD.device.type,
+        backend,
+        torch.get_num_threads(),
+    )
+
+
+# Decoding asks at every token of every layer: looking an answer up is cheaper than finding it.
+@lru_cache(maxsize=65536)
+def _path(
+    work: Workload,
+    hidden: int,
+    neurons: int,
+    dtype: torch.dtype,
+    device: str,
+    backend: Backend,
+    threads: int,
+) -> Path:
     family = Family(
         hidden_size=hidden,
         neurons=neurons,
-        width=(neurons - num_shared) // experts,
-        dtype=weights.gate_FD.dtype,
-        device=weights.gate_FD.device.type,
+        width=(neurons - work.num_shared) // work.num_experts,
+        dtype=dtype,
+        device=device,
         backend=backend,
-        threads=torch.get_num_threads(),
+        threads=threads,
     )
-    work = Workload(num_shared, experts, tokens, routing.num_pairs)
     path = costs_of(family).faster(work, family)
-    if path == "masked" and routing.num_pairs < tokens * experts:
-        _say_masked(family, tokens)
+    if path == "masked" and work.num_pairs < work.num_tokens * work.num_experts:
+        _say_masked(family, work.num_tokens)
     return path
 
 

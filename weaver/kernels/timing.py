@@ -40,7 +40,7 @@ class Timing:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], None]],
+    functions: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
     warmup: int,
@@ -75,7 +75,7 @@ def interleave(
     return {name: Timing(tuple(values[warmup:])) for name, values in seconds.items()}
 
 
-def _seconds_of(function: Callable[[], None]) -> float:
+def _seconds_of(function: Callable[[], object]) -> float:
     _synchronise()
     start = perf_counter()
     function()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
-from weaver.kernels.ops import moe_forward, route_tokens
+from weaver.kernels.backends import backend_for
+from weaver.kernels.ops import choose_path, layer_forward, moe_forward, route_tokens
 from weaver.kernels.reference import Routing
 from weaver.models.accounting import LayerShape
 
@@ -115,13 +116,24 @@ class MoEFeedForward(nn.Module):
         record = self.router.record()
         return route_tokens(x_TD, self.weights(), record, self.top_k, self.shape.selection)
 
+    def path(self, x_TD: Tensor, routing: Routing) -> str:
+        """Who computes the FFN of these tokens, and how: "native grouped", "torch masked", ..."""
+        weights = self.weights()
+        backend = backend_for(x_TD, weights, routing.weights_P, self.expert_bias)
+        return f"{backend} {choose_path(weights, routing, self.shape.num_shared_neurons, backend)}"
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TD = moe_forward(
+        weights, shared = self.weights(), self.shape.num_shared_neurons
+        if self.router is None:
+            return moe_forward(x_TD, weights, None, shared).view_as(hidden_states)
+        y_TD = layer_forward(
             x_TD,
-            self.weights(),
-            self.routing(x_TD),
-            self.shape.num_shared_neurons,
+            weights,
+            self.router.record(),
+            self.top_k,
+            self.shape.selection,
+            shared,
             self.expert_bias,
         )
         return y_TD.view_as(hidden_states)

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weaver.artifacts.manifest import StageManifest, StageRequest
+from weaver.artifacts.manifest import StageManifest, StageRequest, peak_memory_bytes
 from weaver.artifacts.results import BenchResult, BenchRow
-from weaver.artifacts.store import write_json
+from weaver.artifacts.store import write_json, write_text
 from weaver.config import BenchConfig
 from weaver.data.packing import windows
 from weaver.data.sources import read_documents
 from weaver.evaluation.speed import device_header, measure_decode, measure_prefill
+from weaver.report.plots import speedup_plot
 from weaver.stages.converted import ConvertedModel, open_converted
 from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "bench"
 RESULTS = "results.json"
+PLOT = "speedup.svg"
 
 # Tokens of the prompt in front of the decoded ones.
 DECODE_PROMPT = 64
@@ -52,10 +54,13 @@ def bench(context: StageContext, config: BenchConfig, *, finetuned: bool = True)
     if run.status == "skip":
         return run.skipped()
     run.begin()
-    with _threads(config.threads):
-        result = BenchResult(header=device_header(dtype), rows=_rows(context, config, converted))
+    with pinned_threads(config.threads):
+        rows = _rows(context, config, converted)
+        header = device_header(dtype).model_copy(update={"peak_memory_bytes": peak_memory_bytes()})
+    result = BenchResult(header=header, rows=rows)
     write_json(run.folder / RESULTS, result.flat_rows())
-    return run.finish(_summary(result))
+    write_text(run.folder / PLOT, speedup_plot(result))
+    return run.finish(summary(result))
 
 
 def _rows(
@@ -63,7 +68,7 @@ def _rows(
 ) -> tuple[BenchRow, ...]:
     models = {"dense": converted.load_dense(config.dtype), "moe": converted.load(config.dtype)}
     bound = converted.account().speed_bound
-    ids_T = _prompt(converted, max((*config.tokens, DECODE_PROMPT)))
+    ids_T = prompt(converted, max((*config.tokens, DECODE_PROMPT)))
     repeats, warmup = config.repeats, config.warmup
     rows = []
     with context.progress(STAGE, len(config.tokens) + (config.decode_tokens > 0)) as advance:
@@ -87,7 +92,7 @@ def _rows(
     return tuple(rows)
 
 
-def _prompt(converted: ConvertedModel, tokens: int) -> Tensor:
+def prompt(converted: ConvertedModel, tokens: int) -> Tensor:
     documents = read_documents("builtin:held-out", None)
     tokenizer = converted.dense.tokenizer()
     windows_WT: Tensor = windows(documents, tokenizer, sequence_length=max(tokens, 2), limit=1)
@@ -95,7 +100,7 @@ def _prompt(converted: ConvertedModel, tokens: int) -> Tensor:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def pinned_threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -104,7 +109,8 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _summary(result: BenchResult) -> dict[str, Any]:
+def summary(result: BenchResult) -> dict[str, Any]:
+    """What a manifest keeps and ``show`` prints."""
     return {
         "header": result.header.model_dump(),
         "rows": [row.model_dump() for row in result.rows],

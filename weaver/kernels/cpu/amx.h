@@ -35,6 +35,8 @@ using Pair = uint32_t;
 constexpr int64_t kSide = 16;       // rows and columns of a tile of pairs or floats
 constexpr int64_t kDepth = 32;      // bfloat16 values in a row of a tile
 constexpr int64_t kChunk = 16;      // blocks of 16 tokens that stay in the second cache
+constexpr int64_t kLine = 64;        // bytes of a cache line
+constexpr int64_t kRowsAhead = 16;  // rows of down that are fetched before they are read
 constexpr int64_t kPanels = 4;      // times 32 columns of down that are read at once
 
 struct alignas(64) Tile {
@@ -153,15 +155,27 @@ inline void pack_rows(const BFloat16* rows, int64_t stride, int64_t count, int64
     }
 }
 
+// Memory that is needed next, fetched bit by bit while the tiles compute.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+
+  void fetch(int64_t step, int64_t steps) const {
+    for (int64_t at = bytes * step / steps; at < bytes * (step + 1) / steps; at += kLine)
+      __builtin_prefetch(from + at, 0, 2);
+  }
+};
+
 // Pre-activations of sixteen neurons for one or two blocks of tokens: gate and up of the first, then
 // of the second.
 template <bool kTwo>
-void products(Rows gate, Rows up, const Tile* tokens, int64_t depth, Tile out[4]) {
+void products(Rows gate, Rows up, const Tile* tokens, int64_t depth, Ahead ahead, Tile out[4]) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t c = 0; c < depth; ++c) {
+    ahead.fetch(c, depth);
     _tile_loadd(4, gate.at(c), gate.row_bytes);
     _tile_loadd(5, up.at(c), up.row_bytes);
     _tile_loadd(6, tokens + c, 64);
@@ -197,6 +211,19 @@ void activate(const Slice& slice, int64_t neuron, int64_t token, const Tokens<Ro
   for (int64_t i = 0; i < kSide; i += 2) store_pairs(pairs[i / 2], rows[i], rows[i + 1]);
 }
 
+// What pair number `turn` of `turns` pairs of blocks fetches of the next sixteen neurons' rows: those
+// of gate first, then those of up.
+inline Ahead next_rows(const Slice& slice, int64_t neuron, int64_t turn, int64_t turns) {
+  if (neuron + kSide > slice.neurons) return {nullptr, 0};
+  const int64_t bytes = 2 * kSide * slice.hidden, half = std::max<int64_t>(1, turns / 2);
+  const bool is_gate = turn < half;
+  const BFloat16* rows = is_gate ? slice.gate + neuron * slice.gate_stride
+                                 : slice.up + neuron * slice.up_stride;
+  const int64_t count = is_gate ? half : turns - half, part = is_gate ? turn : turn - half;
+  const int64_t begin = bytes * part / count / kLine * kLine;
+  return {reinterpret_cast<const char*>(rows) + begin, bytes * (part + 1) / count - begin};
+}
+
 // Hidden activations of 32 neurons for all blocks, as A tiles: hidden[b * stride].
 template <typename Row, typename Factor>
 void hidden_tiles(const Slice& slice, int64_t neuron, const Tile* tokens, int64_t first,
@@ -217,10 +244,11 @@ void hidden_tiles(const Slice& slice, int64_t neuron, const Tile* tokens, int64_
     const Rows up = rows_of(slice.up, slice.up_stride, scratch + depth);
     for (int64_t b = 0; b < blocks; b += 2) {
       const bool two = b + 1 < blocks;
+      const Ahead ahead = next_rows(slice, n + kSide, b / 2, (blocks + 1) / 2);
       if (two)
-        products<true>(gate, up, tokens + b * depth, depth, out);
+        products<true>(gate, up, tokens + b * depth, depth, ahead, out);
       else
-        products<false>(gate, up, tokens + b * depth, depth, out);
+        products<false>(gate, up, tokens + b * depth, depth, ahead, out);
       for (int64_t t = 0; t < 1 + two; ++t)
         activate(slice, n, first + (b + t) * kSide, users, out[2 * t], out[2 * t + 1],
                       pairs[b + t].at + half * kSide / 2);
@@ -234,6 +262,8 @@ inline void pack_down(const Slice& slice, int64_t column, int64_t panels, Tile* 
   const int64_t depth = (slice.neurons + kDepth - 1) / kDepth;
   for (int64_t n = 0; n < depth * kDepth; n += 2) {
     const BFloat16* row = slice.down + n * slice.down_stride + column;
+    for (int64_t side = 0; side < 2 * panels; ++side)
+      __builtin_prefetch(row + (kRowsAhead + side % 2) * slice.down_stride + side / 2 * kDepth);
     for (int64_t side = 0; side < 2 * panels; ++side, row += kSide) {
       const Bits low = n < slice.neurons ? widen(row) : Bits{};
       const Bits high = n + 1 < slice.neurons ? widen(row + slice.down_stride) : Bits{};
@@ -247,6 +277,11 @@ inline void pack_down(const Slice& slice, int64_t column, int64_t panels, Tile* 
 template <bool kTwo, typename Row, typename Factor>
 void add_outputs(const Tile* hidden, const Tile* down, int64_t depth, int64_t token,
                  const Tokens<Row, Factor>& users, float* y, int64_t width, int64_t column) {
+  for (int64_t i = 0; i < kSide * (1 + kTwo) && token + i < users.count; ++i) {
+    const float* to = y + users.row(token + i) * width + column;
+    __builtin_prefetch(to, 1);
+    __builtin_prefetch(to + kSide, 1);
+  }
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -303,8 +338,8 @@ void add_slice(const BFloat16* x, const Slice& slice, const Tokens<Row, Factor>&
       for (int64_t w = from; w < to; ++w) {
         const int64_t panel = w * kPanels, panels = std::min(kPanels, in_depth - panel);
         pack_down(slice, panel * kDepth, panels, down.get());
-        for (int64_t p = 0; p < panels; ++p)
-          for (int64_t b = 0; b < blocks; b += 2) {
+        for (int64_t b = 0; b < blocks; b += 2)
+          for (int64_t p = 0; p < panels; ++p) {
             auto add = b + 1 < blocks ? add_outputs<true, Row, Factor>
                                       : add_outputs<false, Row, Factor>;
             add(&hidden[b * depth], &down[2 * depth * p], depth, first + b * kSide, users, y,

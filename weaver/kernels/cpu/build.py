@@ -46,11 +46,11 @@ def is_available() -> bool:
         if not hasattr(torch.ops.weaver_cpu, "moe"):
             torch.ops.load_library(str(library))
     except (OSError, RuntimeError, SubprocessError) as error:
-        reason = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         _log.warning(
             "The CPU kernel could not be compiled (%s). torch's own operations take its place and "
             "are slower. To get it: install a C++ compiler (g++ or clang) and ninja.",
-            reason[0] if reason else type(error).__name__,
+            next((line for line in lines if "error:" in line), lines[0]),
         )
         return False
     return True

@@ -488,6 +488,19 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
   return {token.narrow(0, 0, pairs), expert.narrow(0, 0, pairs), factor.narrow(0, 0, pairs)};
 }
 
+// route and moe in one call: while decoding, what lies between two calls is a large part of the time.
+Tensor decode(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
+              const optional<Tensor>& gate_bias, const optional<Tensor>& up_bias,
+              const optional<Tensor>& output_bias, const optional<Tensor>& expert_bias,
+              const std::string& activation, int64_t shared, const Tensor& router,
+              const optional<Tensor>& up_router, const optional<Tensor>& bias, const Tensor& scale,
+              const Tensor& balance, int64_t top_k) {
+  const auto [tokens, experts, factors] =
+      route(x, router, up_router, bias, scale, balance, activation, top_k);
+  return moe(x, gate, up, down, gate_bias, up_bias, output_bias, expert_bias, activation, shared,
+             router.size(0), tokens, experts, factors);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(weaver_cpu, m) {
@@ -500,6 +513,10 @@ TORCH_LIBRARY(weaver_cpu, m) {
       "Tensor? output_bias, Tensor? expert_bias, str activation, int shared, Tensor? factors) "
       "-> Tensor");
   m.def(
+      "decode(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
+      "Tensor? output_bias, Tensor? expert_bias, str activation, int shared, Tensor router, "
+      "Tensor? up_router, Tensor? bias, Tensor scale, Tensor balance, int top_k) -> Tensor");
+  m.def(
       "route(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, Tensor scale, "
       "Tensor balance, str activation, int top_k) -> (Tensor, Tensor, Tensor)");
 }
@@ -508,4 +525,5 @@ TORCH_LIBRARY_IMPL(weaver_cpu, CPU, m) {
   m.impl("moe", &moe);
   m.impl("masked", &masked);
   m.impl("route", &route);
+  m.impl("decode", &decode);
 }

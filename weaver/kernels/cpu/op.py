@@ -64,18 +64,39 @@ def route(
 ) -> Routing:
     """The experts of every token in one call; see ``weaver.kernels.reference.route``."""
     k = top_k if selection == "top-k" else None
+    weight_ED, *rest = _router(router)
     tokens_P, experts_P, factors_P = torch.ops.weaver_cpu.route(
-        x_TD,
+        x_TD, weight_ED, *rest, activation, k or 0
+    )
+    experts = router.weight_ED.shape[0]
+    return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
+
+
+def decode(
+    x_TD: Tensor,
+    weights: GluWeights,
+    router: Router,
+    top_k: int,
+    selection: Selection,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
+    """``route`` and ``moe`` in one call, for a few tokens."""
+    k = top_k if selection == "top-k" else 0
+    y_TD: Tensor = torch.ops.weaver_cpu.decode(
+        *_common(x_TD, weights, expert_bias_ED), num_shared, *_router(router), k
+    )
+    return y_TD
+
+
+def _router(router: Router) -> tuple[Tensor | None, ...]:
+    return (
         router.weight_ED,
         router.up_weight_ED,
         router.bias_E,
         router.scale_E,
         router.balance_bias_E,
-        activation,
-        k or 0,
     )
-    experts = router.weight_ED.shape[0]
-    return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
 
 
 def _common(

@@ -1,0 +1,65 @@
+"""Plots as SVG text, which browsers and repositories show without any library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from weaver.artifacts.results import BenchResult, BenchRow
+
+WIDTH, HEIGHT = 640, 360
+LEFT, RIGHT, TOP, BOTTOM = 60, 20, 40, 60
+
+
+def speedup_plot(result: BenchResult) -> str:
+    """SVG of the speed-up over dense by number of tokens, prefill and decoding, with its bound."""
+    rows = sorted(result.rows, key=lambda row: row.tokens)
+    top = max(1.0, *(max(row.speedup, row.bound) for row in rows)) * 1.1
+    places = {tokens: i for i, tokens in enumerate(sorted({row.tokens for row in rows}))}
+
+    def x(row: BenchRow) -> float:
+        share = places[row.tokens] / (len(places) - 1) if len(places) > 1 else 0.5
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM)
+
+    header = result.header
+    title = f"{header.device}, {header.threads} thread(s), {header.dtype}, {header.level}"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _text(WIDTH / 2, 20, title),
+        _text(WIDTH / 2, HEIGHT - 12, "tokens"),
+        *(_text(x(row), HEIGHT - BOTTOM + 18, str(row.tokens)) for row in rows),
+    ]
+    step = 0.25 if top < 2.5 else math.ceil(top / 8)
+    for i in range(int(top / step) + 1):
+        parts.append(_line([(LEFT, y(i * step)), (WIDTH - RIGHT, y(i * step))], "#ddd"))
+        parts.append(_text(LEFT - 24, y(i * step) + 4, f"{i * step:.2f}x"))
+    parts.append(_line([(LEFT, y(1)), (WIDTH - RIGHT, y(1))], "black"))
+    for name, colour in (("prefill", "#1f6fb4"), ("decode", "#c4501b")):
+        chosen = [row for row in rows if row.phase == name]
+        parts.append(_line([(x(row), y(row.bound)) for row in chosen], colour, dashed=True))
+        parts.append(_line([(x(row), y(row.speedup)) for row in chosen], colour))
+        for row in chosen:
+            parts.append(
+                f'<circle cx="{x(row):.1f}" cy="{y(row.speedup):.1f}" r="4" '
+                f'fill="{colour}"><title>{row.speedup:.2f}x</title></circle>'
+            )
+    parts.append(
+        _text(WIDTH / 2, 34, "speed-up over dense: blue prefill, red decoding, dashed bound")
+    )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _line(points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = False) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    return f'<polyline points="{path}" fill="none" stroke="{colour}"{dash}/>'
+
+
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
