@@ -9,7 +9,7 @@ WEAVER := $(VENV)/bin/weaver
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: demo test quality results clean
+.PHONY: demo test quality results benchmarks bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -30,6 +30,14 @@ results: $(INSTALLED) $(MODEL)/config.json
 	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)
 	$(VENV)/bin/python scripts/make_task_table.py --data-dir $(DATA_DIR)
 	$(VENV)/bin/python scripts/check_prediction.py
+
+# Times on this machine, one thread; run it alone.
+benchmarks: $(INSTALLED) $(MODEL)/config.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/make_benchmarks.py
+
+# On a machine with a GPU: correctness, then timings; exits non-zero where either is impossible.
+bench-gpu: $(INSTALLED)
+	$(VENV)/bin/python scripts/bench_gpu.py --out runs/bench_gpu.json
 
 clean:
 	rm -rf runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.integrations import moe
 
 from weaver.algorithms.glu import GluWeights
+from weaver.evaluation.baselines import transformers_forward
 from weaver.evaluation.speed import device_header
 from weaver.kernels.gpu.op import routed_forward
 from weaver.kernels.reference import Routing, masked_forward
@@ -121,20 +120,13 @@ def grouped_mm_routed(problem: Problem) -> Tensor:
     return torch.sum(weighted_PD.view(*problem.ids_TK.shape, -1), 1).to(out_PD.dtype)
 
 
-def transformers_routed(problem: Problem, which: str) -> Callable[[], Tensor]:
-    """Experts as transformers computes them, with a copy of the weights in its layout."""
-    forward = getattr(moe, f"{which}_experts_forward")
-    gate_END, up_END = problem.by_expert(problem.gate_FD), problem.by_expert(problem.up_FD)
-    flags = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    module = SimpleNamespace(
-        gate_up_proj=torch.cat([gate_END, up_END], dim=1),
-        down_proj=problem.by_expert(problem.down_FD).transpose(1, 2).contiguous(),
-        num_experts=problem.layer.experts,
-        has_gate=True,
-        _apply_gate=lambda both: functional.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
-        **dict.fromkeys(flags, False),
-    )
-    return lambda: forward(module, problem.x_TD, problem.ids_TK, problem.factors_TK)
+def transformers_ffn(problem: Problem, which: str) -> Callable[[], Tensor]:
+    """The whole FFN with the experts of transformers, on a copy of the weights in its layout."""
+    layer = problem.layer
+    weights = GluWeights(problem.gate_FD, problem.up_FD, problem.down_FD, "silu")
+    forward = transformers_forward(weights, layer.shared, layer.experts, which)
+    routing = Routing.of_top_k(problem.ids_TK, problem.factors_TK, layer.experts)
+    return partial(forward, problem.x_TD, routing)
 
 
 def methods(problem: Problem) -> dict[str, Callable[[], Tensor]]:
@@ -142,17 +134,21 @@ def methods(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     routed: dict[str, Callable[[], Tensor]] = {
         "weaver": partial(weaver_routed, problem),
         "grouped_mm": partial(grouped_mm_routed, problem),
-        "transformers grouped_mm": transformers_routed(problem, "grouped_mm"),
     }
+    whole = {"transformers grouped_mm": transformers_ffn(problem, "grouped_mm")}
     # It copies an expert's weights for every pair of token and expert.
     if problem.ids_TK.numel() * problem.layer.width * problem.layer.hidden <= 2**29:
-        routed["transformers batched_mm"] = transformers_routed(problem, "batched_mm")
+        whole["transformers batched_mm"] = transformers_ffn(problem, "batched_mm")
 
     def with_shared(part: Callable[[], Tensor]) -> Tensor:
         return ffn(problem, slice(problem.layer.shared)) + part()
 
     dense = partial(ffn, problem, slice(None))
-    return {"dense": dense, **{name: partial(with_shared, routed[name]) for name in routed}}
+    return {
+        "dense": dense,
+        **{name: partial(with_shared, routed[name]) for name in routed},
+        **whole,
+    }
 
 
 def captured(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 # before weaver's console is made, and inherited by the processes that tests start.
 os.environ["COLUMNS"] = "250"
 # The compiled kernel and the measured costs stay in the clone, for the next run of the tests.
-os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache")
+os.environ["WEAVER_CACHE"] = str(Path(__file__).parents[1] / ".cache")
 
 
 @pytest.fixture

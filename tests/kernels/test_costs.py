@@ -25,7 +25,7 @@ COSTS = Costs(
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WEAVER_CACHE", str(tmp_path))
     costs_of.cache_clear()
     yield
     costs_of.cache_clear()

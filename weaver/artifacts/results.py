@@ -230,6 +230,7 @@ class BenchHeader(Record):
         level: what was timed: whole models, one FFN with its router, or one FFN without it.
         routing: where routing came from: text (real), or random inputs that spread evenly over the
             experts or are drawn to few of them.
+        clock_mhz: clock of the processor before the measurement; None if unknown.
         peak_memory_bytes: peak of the process, both models or layers included; None if unknown.
     """
 
@@ -239,6 +240,7 @@ class BenchHeader(Record):
     versions: dict[str, str] = {}
     level: BenchLevel = "model"
     routing: BenchRouting = "real"
+    clock_mhz: float | None = None
     peak_memory_bytes: int | None = None
 
 

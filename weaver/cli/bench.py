@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,6 +75,10 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speed-ups of single FFNs here, as SVG.")
     ] = None,
+    roofline: Annotated[
+        str | None,
+        typer.Option(help="Predict the GPU kernels on a100, h100, h200, b200, rtx3090 or mi300x."),
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -90,6 +95,9 @@ def bench(
     }
     settings = load_section(BenchConfig, "bench", config, overrides or [], flags)
     sizes = (hidden_size, intermediate_size)
+    if roofline is not None:
+        _show_roofline(roofline, None if tokens is None else settings.tokens)
+        return
     is_size = any(size is not None for size in sizes)
     _check(run_dir, level, sizes, is_size=is_size)
     context = make_context(
@@ -136,6 +144,19 @@ def _check(
             why="bench times the converted model of a run, or an FFN of a given size",
             fix="--run-dir RUN, or --level layer --hidden-size 2048 --intermediate-size 8192",
         )
+
+
+def _show_roofline(device: str, tokens: Sequence[int] | None) -> None:
+    from weaver.cli.show import show_roofline
+    from weaver.kernels.roofline import NOTE, roofline_rows
+
+    try:
+        rows = roofline_rows(device) if tokens is None else roofline_rows(device, tokens=tokens)
+    except ValueError as error:
+        raise WeaverError(
+            f"no roofline for {device}", why=str(error), fix="--roofline h100"
+        ) from error
+    show_roofline(console, device, NOTE, rows)
 
 
 def _report(result: BenchResult, json_file: Path | None, plot: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import (
     console_table,
     format_bytes,
@@ -21,6 +22,7 @@ from weaver.report.tables import (
 
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
+    from weaver.kernels.roofline import RooflineRow
     from weaver.stages.estimate import Estimate
     from weaver.stages.inspection import StageState
     from weaver.stages.pipeline import PlannedStage
@@ -138,47 +140,29 @@ def _show_router_report(console: Console, report: dict[str, Any]) -> None:
 
 
 def show_bench(console: Console, summary: dict[str, Any]) -> None:
-    """Dense against converted, a row per number of tokens; what was not measured has no column."""
-    header = summary["header"]
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "layer": lambda row: str(row["layer"]),
-        "phase": lambda row: str(row["phase"]),
-        "tokens": lambda row: str(row["tokens"]),
-        "dense ms": lambda row: _milliseconds(row, "dense"),
-        "converted ms": lambda row: _milliseconds(row, "moe"),
-        "speed-up": lambda row: (
-            format_ratio(row["speedup"]) + (" slower than dense" if row["speedup"] < 1 else "")
-        ),
-        "bound": lambda row: format_ratio(row["bound"]),
-        "of bound": lambda row: format_percent(row["bound_share"]),
-        "path": lambda row: row["path"],
-        "grouped_mm ms": lambda row: f"{row['grouped_mm_ms']:.2f}",
-        "routing ms": lambda row: f"{row['routing_ms']:.3f}",
-        "relative error": lambda row: f"{row['relative_error']:.1e}",
-    }
-    optional = {
-        "layer": "layer",
-        "path": "path",
-        "grouped_mm ms": "grouped_mm_ms",
-        "routing ms": "routing_ms",
-        "relative error": "relative_error",
-    }
-    first = summary["rows"][0]
-    headers = [name for name in columns if first[optional.get(name, "tokens")] is not None]
-    rows = [tuple(columns[name](row) for name in headers) for row in summary["rows"]]
-    peak = header["peak_memory_bytes"]
-    title = (
-        f"{header['device']}, {header['threads']} thread(s), {header['dtype']}, "
-        f"torch {header['versions']['torch']}; level {header['level']}, "
-        f"{header['routing']} routing; medians (p10-p90)"
-        + (f"; peak memory {format_bytes(peak)}" if peak else "")
+    """Dense against converted, a row per number of tokens."""
+    title = bench_title(summary["header"])
+    console.print(console_table(title, *bench_columns(summary["rows"])))
+
+
+def show_roofline(console: Console, device: str, note: str, rows: Sequence[RooflineRow]) -> None:
+    """Predicted speed-ups of the GPU kernels."""
+    headers = (
+        *("FFN of", "sparsity", "slices", "tokens", "kernels", "dense us", "converted us"),
+        *("speed-up", "bound", "of bound", "end-to-end bound"),
     )
-    console.print(console_table(title, headers, rows))
-
-
-def _milliseconds(row: dict[str, Any], which: str) -> str:
-    low, middle, high = (row[f"{which}_{key}ms"] for key in ("p10_", "", "p90_"))
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    cells = [
+        (
+            *(row.model, format_percent(row.sparsity), row.experts, row.tokens, row.variant),
+            *(f"{row.dense_us:.0f}", f"{row.moe_us:.0f}"),
+            format_ratio(row.speedup) + (" slower than dense" if row.speedup < 1 else ""),
+            *(format_ratio(row.bound), format_percent(row.share)),
+            format_ratio(row.end_to_end_bound),
+        )
+        for row in rows
+    ]
+    console.print(console_table(f"model of {device}, not a measurement", headers, cells))
+    console.print(note)
 
 
 _SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {

@@ -54,7 +54,8 @@ class LayerCase:
 
     def copy(self) -> LayerCase:
         """The same in other memory."""
-        return deepcopy(self)
+        # Not deepcopy(self): the cached functions would go on reading this one's weights.
+        return LayerCase(deepcopy(self.dense), deepcopy(self.module), self.x_TD.clone())
 
     @cached_property
     def transformers(self) -> Callable[[Tensor, Routing], Tensor]:

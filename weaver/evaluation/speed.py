@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weaver.artifacts.results import BenchHeader, BenchLevel, BenchRouting, BenchRow
-from weaver.kernels.machine import cpu_name
+from weaver.kernels.machine import cpu_mhz, cpu_name
 from weaver.kernels.timing import Timing, interleave
 
 
@@ -115,6 +115,7 @@ def device_header(
         },
         level=level,
         routing=routing,
+        clock_mhz=None if is_gpu else cpu_mhz(),
     )
 
 

@@ -59,13 +59,27 @@ def triton_forward(
     num_shared: int,
     expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
+    """The Triton kernels for a routing; see ``triton_slots``."""
+    ids_TK, factors_TK = routing.slots()
+    experts = routing.num_experts
+    return triton_slots(x_TD, weights, ids_TK, factors_TK, experts, num_shared, expert_bias_ED)
+
+
+def triton_slots(
+    x_TD: Tensor,
+    weights: GluWeights,
+    ids_TK: Tensor,
+    factors_TK: Tensor,
+    num_experts: int,
+    num_shared: int,
+    expert_bias_ED: Tensor | None = None,
+) -> Tensor:
     """The shared expert as plain products, and the routed ones by the Triton kernels."""
     # triton is missing on macOS, and nothing but a GPU needs it.
     from weaver.kernels.gpu.op import routed_forward
 
     shared_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared))
     routed = slice_neurons(weights, num_shared, weights.intermediate_size)
-    ids_TK, factors_TK = routing.slots()
     return shared_TD + routed_forward(
         x_TD,
         routed.gate_FD,
@@ -73,7 +87,7 @@ def triton_forward(
         routed.down_FD,
         ids_TK,
         factors_TK,
-        routing.num_experts,
+        num_experts,
         weights.activation,
         routed.gate_bias_F,
         routed.up_bias_F,

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights
+from weaver.artifacts.cache import cache_folder
 from weaver.artifacts.types import Router
 from weaver.kernels.backends import Backend, Path, forwards
 from weaver.kernels.cpu.build import library_path
 from weaver.kernels.grouped import slice_neurons
-from weaver.kernels.machine import cache_folder, cpu_name
+from weaver.kernels.machine import cpu_name
 from weaver.kernels.reference import Routing
 from weaver.kernels.timing import interleave
 

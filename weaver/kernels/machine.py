@@ -1,8 +1,7 @@
-"""What kernels depend on that is not in a model: this machine, and what is kept about it."""
+"""What kernels depend on that is not in a model: the processor."""
 
 from __future__ import annotations
 
-import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -10,18 +9,16 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def cache_folder() -> Path:
-    """Folder of what is made once per machine: ``$XDG_CACHE_HOME/weaver``, or ``~/.cache/weaver``.
-
-    It may be deleted at any time; compiled kernels and measured costs are then made again.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weaver"
-
-
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
     """Name of the processor as the system gives it; the architecture where it gives none."""
     names = _fields(cpuinfo, "model name")
     return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def cpu_mhz(cpuinfo: Path = CPUINFO) -> float | None:
+    """Clock of the first core at this moment, in MHz; None where the system does not say it."""
+    clocks = _fields(cpuinfo, "cpu MHz")
+    return float(clocks[0]) if clocks else None
 
 
 @cache

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Router, Selection
-from weaver.kernels.backends import SMALL, Backend, Path, backend_for, forwards
+from weaver.kernels.backends import (
+    SMALL,
+    Backend,
+    Path,
+    backend_for,
+    forwards,
+    triton_slots,
+)
 from weaver.kernels.costs import Family, Workload, costs_of
 from weaver.kernels.cpu import op as native
-from weaver.kernels.reference import Routing
+from weaver.kernels.reference import Routing, route_slots
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +41,15 @@ def layer_forward(
 ) -> Tensor:
     """Router and MoE FFN, as a model calls them; see ``route`` and ``masked_forward``."""
     backend = backend_for(x_TD, weights, router.weight_ED, router.scale_E, expert_bias_ED)
-    if backend == "native" and x_TD.shape[0] <= DECODED:
+    tokens, experts = x_TD.shape[0], router.weight_ED.shape[0]
+    if backend == "native" and tokens <= DECODED:
         rest = (top_k, selection, num_shared, expert_bias_ED)
         return native.decode(x_TD, weights, router, *rest)
+    # On a GPU the number of pairs is not known without waiting: a threshold counts with its mean.
+    work = Workload(num_shared, experts, tokens, tokens * top_k)
+    if backend == "triton" and _chosen(weights, work, backend) == "grouped":
+        slots = route_slots(x_TD, router, weights.activation, top_k, selection)
+        return triton_slots(x_TD, weights, *slots, experts, num_shared, expert_bias_ED)
     routing = route_tokens(x_TD, weights, router, top_k, selection)
     return moe_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
 
@@ -77,19 +90,16 @@ def choose_path(weights: GluWeights, routing: Routing, num_shared: int, backend:
     same model gives the same bits for the same input every time. Layers too small to gain anything
     are masked without a measurement.
     """
+    work = Workload(num_shared, routing.num_experts, routing.num_tokens, routing.num_pairs)
+    return _chosen(weights, work, backend)
+
+
+def _chosen(weights: GluWeights, work: Workload, backend: Backend) -> Path:
     neurons, hidden = weights.gate_FD.shape
-    experts, tokens = routing.num_experts, routing.num_tokens
     if backend == "torch" and neurons * hidden < SMALL:
         return "masked"
-    return _path(
-        Workload(num_shared, experts, tokens, routing.num_pairs),
-        hidden,
-        neurons,
-        weights.gate_FD.dtype,
-        weights.gate_FD.device.type,
-        backend,
-        torch.get_num_threads(),
-    )
+    dtype, device = weights.gate_FD.dtype, weights.gate_FD.device.type
+    return _path(work, hidden, neurons, dtype, device, backend, torch.get_num_threads())
 
 
 # Decoding asks at every token of every layer: looking an answer up is cheaper than finding it.

@@ -123,19 +123,37 @@ def route(
         ValueError: a threshold on a glu router: its scores are not negative, and it has no
             intercept that could hold the threshold.
     """
+    experts = router.weight_ED.shape[0]
+    ids_TK, weights_TK = route_slots(x_TD, router, activation, top_k, selection)
+    if selection == "top-k":
+        return Routing.of_top_k(ids_TK, weights_TK, experts)
+    tokens_P, slots_P = (ids_TK < experts).nonzero(as_tuple=True)
+    pairs = (tokens_P, ids_TK[tokens_P, slots_P], weights_TK[tokens_P, slots_P])
+    return Routing(*pairs, x_TD.shape[0], experts)
+
+
+def route_slots(
+    x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
+) -> tuple[Tensor, Tensor]:
+    """The same as ``Routing.slots``: expert ids and factors, (T, K), or (T, E) for a threshold.
+
+    Shapes do not depend on values, so that nothing waits for a GPU.
+
+    Raises:
+        ValueError: as ``route``.
+    """
     if selection == "threshold" and router.kind != "linear":
         raise ValueError(f"a {router.kind} router selects by top-k, only a linear one by threshold")
-    experts = router.weight_ED.shape[0]
     scores_TE = router_logits(x_TD, router, activation)
     probabilities_TE = scores_TE.softmax(dim=-1)
     weights_TE = 1.0 + probabilities_TE * router.scale_E.float()
     balance_bias_E = router.balance_bias_E.float()
     if selection == "top-k":
         ids_TK = (probabilities_TE + balance_bias_E).topk(top_k, dim=-1).indices
-        return Routing.of_top_k(ids_TK, weights_TE.gather(1, ids_TK), experts)
-    tokens_P, experts_P = (scores_TE + balance_bias_E > 0).nonzero(as_tuple=True)
-    weights_P = weights_TE[tokens_P, experts_P]
-    return Routing(tokens_P, experts_P, weights_P, x_TD.shape[0], experts)
+        return ids_TK, weights_TE.gather(1, ids_TK)
+    experts = router.weight_ED.shape[0]
+    ids_E = torch.arange(experts, device=x_TD.device)
+    return torch.where(scores_TE + balance_bias_E > 0, ids_E, experts), weights_TE
 
 
 def masked_forward(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from weaver.artifacts.cache import cache_folder
 from weaver.artifacts.store import file_digest, read_json
 from weaver.config import ModelConfig
 from weaver.errors import WeaverError
@@ -25,7 +25,7 @@ def locate(model: ModelConfig) -> Path:
     """
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return dequantise(path, _cache_folder() / f"gguf-{file_digest(path)[:16]}")
+        return dequantise(path, cache_folder() / f"gguf-{file_digest(path)[:16]}")
     if path.is_dir():
         return path.resolve()
     # A hub name may hold dots (Qwen/Qwen2.5-7B), so a suffix alone does not make it a path.
@@ -87,8 +87,3 @@ def _download(model: ModelConfig) -> Path:
             why=reason.splitlines()[0],
             fix="check the name, --revision and the network, or pass a local folder",
         ) from error
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("WEAVER_CACHE") or Path.home() / ".cache" / "weaver"
-    return Path(base)

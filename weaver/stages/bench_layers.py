@@ -120,9 +120,9 @@ def bench_run(
         cases = list(_recorded(converted, config, chosen))
     else:
         hidden, tokens = converted.dense.hidden_size, max(config.tokens)
-        skewed = routing == "skewed"
+        skewed, seed = routing == "skewed", context.seed
         cases = [
-            (layer, synthetic_case(shapes[layer], hidden, tokens, dtype, skewed=skewed))
+            (layer, synthetic_case(shapes[layer], hidden, tokens, dtype, skewed=skewed, seed=seed))
             for layer in chosen
         ]
     return _measure(context, config, cases, dtype, level, routing)
@@ -140,9 +140,11 @@ def _recorded(
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs[modules.index(module)] = arguments[0][0].clone()  # type: ignore[arg-type]
 
-    for layer in layers:
-        modules[layer].register_forward_pre_hook(keep)
+    hooks = [modules[layer].register_forward_pre_hook(keep) for layer in layers]
     model(input_ids=prompt(converted, max(config.tokens))[None, : max(config.tokens)])
+    # What is timed must not record.
+    for hook in hooks:
+        hook.remove()
     for layer in layers:
         dense = converted.dense.ffn(layer, converted.dtype(config.dtype))
         yield layer, LayerCase(dense, modules[layer], inputs[layer])

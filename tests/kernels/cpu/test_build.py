@@ -16,9 +16,9 @@ from weaver.kernels.cpu import build
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WEAVER_CACHE", str(tmp_path))
     build.is_available.cache_clear()
-    yield tmp_path / "weaver"
+    yield tmp_path
     build.is_available.cache_clear()
 
 

@@ -24,7 +24,8 @@ from subprocess import SubprocessError
 
 import torch
 
-from weaver.kernels.machine import cache_folder, cpu_features
+from weaver.artifacts.cache import cache_folder
+from weaver.kernels.machine import cpu_features
 
 NAME = "weaver_cpu"
 SOURCES = ("kernel.cpp", "amx.h", "vector.h")

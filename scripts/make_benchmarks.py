@@ -1,0 +1,108 @@
+"""Measure docs/benchmarks.md: single FFNs and whole models on this CPU, one thread.
+
+Every table is one run of ``weaver bench`` in a process of its own. Other work on the machine makes
+times longer and ratios less certain; run it alone. Conversions are made once, below --runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from weaver.artifacts.results import BenchResult
+from weaver.report.speeds import bench_columns, bench_title
+from weaver.report.tables import markdown_table
+
+HIDDEN, NEURONS = 2048, 8192
+CONVERT = ("partition", "build-router", "assemble")
+
+
+def weaver(*arguments: str) -> None:
+    """One command, as a user runs it."""
+    print("weaver", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "weaver", *arguments], check=True)
+
+
+def table(file: Path) -> str:
+    """Header and table of a benchmark's rows."""
+    result = BenchResult.from_flat_rows(json.loads(file.read_text()))
+    rows = [row.model_dump() for row in result.rows]
+    title = bench_title(result.header.model_dump())
+    return f"{title}.\n\n{markdown_table(*bench_columns(rows))}"
+
+
+def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, routing: str) -> str:
+    """One FFN of random weights."""
+    file = runs / f"layer-{dtype}-{sparsity:g}-{experts}-{routing}.json"
+    sizes = ["--hidden-size", str(HIDDEN), "--intermediate-size", str(NEURONS)]
+    layout = ["--num-experts", str(experts), "--sparsity", str(sparsity), "--dtype", dtype]
+    how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "9"]
+    weaver("bench", "--level", "layer", *sizes, *layout, *how, "--json", str(file))
+    return f"### {experts} slices, {sparsity:.0%}, {routing} routing\n\n{table(file)}"
+
+
+def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
+    """Run directory of a conversion by weave; all share one calibration."""
+    calibration = runs / "calibration"
+    weaver("calibrate", "--config", str(config), "--run-dir", str(calibration))
+    run_dir = runs / f"{experts}-{sparsity:g}"
+    layout = ["--num-experts", str(experts), "--sparsity", str(sparsity)]
+    source = ["--calibration", str(calibration / "calibrate")]
+    for stage in CONVERT:
+        more = [*layout, *source] if stage == "partition" else []
+        weaver(stage, "--config", str(config), "--run-dir", str(run_dir), *more)
+    return run_dir
+
+
+def model(run_dir: Path) -> str:
+    """Whole models, dense and converted."""
+    how = ["--tokens", "1,16,128,512,1024", "--threads", "1", "--repeats", "7"]
+    weaver("bench", "--run-dir", str(run_dir), "--force", *how)
+    experts, sparsity = run_dir.name.split("-")
+    title = f"### {experts} slices, {float(sparsity):.0%}"
+    return f"{title}\n\n{table(run_dir / 'bench' / 'results.json')}"
+
+
+def main() -> None:
+    """Measure everything and write the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--convert", action="store_true", help="Only make the conversions.")
+    arguments = parser.parse_args()
+    runs: Path = arguments.runs
+    runs.mkdir(parents=True, exist_ok=True)
+    layouts = [(experts, sparsity) for experts in (8, 64) for sparsity in (0.25, 0.5)]
+    run_dirs = [converted(runs, arguments.config, *layout) for layout in layouts]
+    if arguments.convert:
+        return
+    parts = [INTRODUCTION, "## Whole model: SmolLM2-135M, converted by weave\n"]
+    parts += [model(run_dir) for run_dir in run_dirs]
+    for dtype in ("bfloat16", "float32"):
+        parts.append(f"## One FFN, D {HIDDEN}, F {NEURONS}, {dtype}\n")
+        for experts, sparsity in layouts:
+            tokens = "1,16,128,512,2048" if experts == 8 else "1,16,512"
+            parts.append(layer(runs, dtype, sparsity, experts, tokens, "uniform"))
+        parts.append(layer(runs, dtype, 0.5, 8, "1,512", "skewed"))
+    arguments.out.write_text("\n".join(parts))
+
+
+INTRODUCTION = """# Benchmarks
+
+Made by `scripts/make_benchmarks.py` (`make benchmarks`), one thread; every table is one process in
+which dense and converted run in turn. One FFN is timed with its router, as many copies after one
+another as do not fit into the processor's caches. "dense" is the fastest of three: torch's linear
+layers, the same with neurons as rows, and weaver's own kernel on all neurons ("dense by").
+"grouped_mm" is the same layout with the experts of transformers, routed by weaver's router. The
+bound is the ratio of FLOPs, and up to 4 tokens of the weights that are read, router included. Whole
+models are as transformers runs them, with a KV cache; a prefill's time is the time to the first
+token. The routing of whole models is that of text. Bounds of a whole model are ratios of parameters
+that a token uses.
+"""
+
+if __name__ == "__main__":
+    main()
