@@ -17,6 +17,9 @@ from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import markdown_table
 
 HIDDEN, NEURONS = 2048, 8192
+# By number of slices: few experts selected by a threshold, many experts and top-k.
+METHODS = {8: "weave", 64: "expertweaver"}
+ONE_WARMUP = ("--set", "bench.warmup=1")
 CONVERT = ("partition", "build-router", "assemble")
 
 
@@ -39,17 +42,18 @@ def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, ro
     file = runs / f"layer-{dtype}-{sparsity:g}-{experts}-{routing}.json"
     sizes = ["--hidden-size", str(HIDDEN), "--intermediate-size", str(NEURONS)]
     layout = ["--num-experts", str(experts), "--sparsity", str(sparsity), "--dtype", dtype]
-    how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "9"]
-    weaver("bench", "--level", "layer", *sizes, *layout, *how, "--json", str(file))
+    how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "5"]
+    weaver("bench", "--level", "layer", *sizes, *layout, *how, "--json", str(file), *ONE_WARMUP)
     return f"### {experts} slices, {sparsity:.0%}, {routing} routing\n\n{table(file)}"
 
 
 def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
-    """Run directory of a conversion by weave; all share one calibration."""
+    """Run directory of a conversion; all share one calibration."""
     calibration = runs / "calibration"
     weaver("calibrate", "--config", str(config), "--run-dir", str(calibration))
     run_dir = runs / f"{experts}-{sparsity:g}"
     layout = ["--num-experts", str(experts), "--sparsity", str(sparsity)]
+    layout += ["--method", METHODS[experts]]
     source = ["--calibration", str(calibration / "calibrate")]
     for stage in CONVERT:
         more = [*layout, *source] if stage == "partition" else []
@@ -59,11 +63,11 @@ def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
 
 def model(run_dir: Path) -> str:
     """Whole models, dense and converted."""
-    how = ["--tokens", "1,16,128,512,1024", "--threads", "1", "--repeats", "7"]
-    weaver("bench", "--run-dir", str(run_dir), "--force", *how)
+    how = ["--tokens", "1,16,128,512", "--threads", "1", "--repeats", "5"]
+    weaver("bench", "--run-dir", str(run_dir), "--force", *how, *ONE_WARMUP)
     experts, sparsity = run_dir.name.split("-")
     title = f"### {experts} slices, {float(sparsity):.0%}"
-    return f"{title}\n\n{table(run_dir / 'bench' / 'results.json')}"
+    return f"{title}, {METHODS[int(experts)]}\n\n{table(run_dir / 'bench' / 'results.json')}"
 
 
 def main() -> None:
@@ -80,12 +84,12 @@ def main() -> None:
     run_dirs = [converted(runs, arguments.config, *layout) for layout in layouts]
     if arguments.convert:
         return
-    parts = [INTRODUCTION, "## Whole model: SmolLM2-135M, converted by weave\n"]
+    parts = [INTRODUCTION, "## Whole model: SmolLM2-135M\n"]
     parts += [model(run_dir) for run_dir in run_dirs]
     for dtype in ("bfloat16", "float32"):
         parts.append(f"## One FFN, D {HIDDEN}, F {NEURONS}, {dtype}\n")
         for experts, sparsity in layouts:
-            tokens = "1,16,128,512,2048" if experts == 8 else "1,16,512"
+            tokens = "1,16,128,512,2048" if experts == 8 else "1,512"
             parts.append(layer(runs, dtype, sparsity, experts, tokens, "uniform"))
         parts.append(layer(runs, dtype, 0.5, 8, "1,512", "skewed"))
     arguments.out.write_text("\n".join(parts))

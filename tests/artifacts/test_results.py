@@ -160,3 +160,66 @@ def test_bench_rows_of_two_machines_do_not_mix() -> None:
 def test_impossible_times_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         bench_row(**change)
+
+
+# What is only known of single FFNs.
+OF_LAYERS: dict[str, Any] = {
+    "layer": 0,
+    "dense_variant": "rows",
+    "path": "native grouped",
+    "grouped_mm_ms": 9.5,
+    "routing_ms": 0.25,
+    "relative_error": 1e-7,
+}
+
+
+def test_bench_rows_of_single_ffns_are_a_flat_list_and_back() -> None:
+    header = BenchHeader(
+        device="cpu",
+        threads=2,
+        dtype="bfloat16",
+        level="kernel",
+        routing="skewed",
+        peak_memory_bytes=12345,
+        clock_mhz=2400.5,
+    )
+    result = BenchResult(header=header, rows=(bench_row(**OF_LAYERS), bench_row(layer=3)))
+    rows = json.loads(json.dumps(result.flat_rows()))
+    assert {name: rows[0][name] for name in OF_LAYERS} == OF_LAYERS
+    assert [row["layer"] for row in rows] == [0, 3]
+    assert [rows[1][name] for name in OF_LAYERS if name != "layer"] == [None] * 5
+    for row in rows:
+        assert (row["level"], row["routing"]) == ("kernel", "skewed")
+        assert (row["peak_memory_bytes"], row["clock_mhz"]) == (12345, 2400.5)
+    assert BenchResult.from_flat_rows(rows) == result
+    rows[1]["level"] = "layer"
+    with pytest.raises(ValueError, match="one common header"):
+        BenchResult.from_flat_rows(rows)
+
+
+def test_rows_from_before_single_ffns_were_timed_are_of_whole_models() -> None:
+    header = BenchHeader(device="cpu", threads=2, dtype="bfloat16")
+    result = BenchResult(header=header, rows=(bench_row(),))
+    added = {*OF_LAYERS, "level", "routing", "clock_mhz", "peak_memory_bytes"}
+    (row,) = result.flat_rows()
+    old = BenchResult.from_flat_rows([{k: v for k, v in row.items() if k not in added}])
+    assert old == result
+    assert (old.header.level, old.header.routing) == ("model", "real")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grouped_mm_ms": 0.0}, "greater than 0"),
+        ({"routing_ms": -1.0}, "greater than 0"),
+        ({"relative_error": float("inf")}, "finite number"),
+    ],
+)
+def test_impossible_values_of_single_ffns_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        bench_row(**(OF_LAYERS | change))
+
+
+def test_what_was_timed_is_named() -> None:
+    with pytest.raises(ValidationError, match="Input should be 'layer' or 'kernel'"):
+        BenchHeader.model_validate({"device": "cpu", "threads": 2, "dtype": "", "level": "experts"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,26 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import Router
+from weaver.artifacts.types import Router, RouterKind, Selection
 from weaver.kernels import backends, ops
-from weaver.kernels.backends import Backend, Forwards, backend_for, cpu_backend, triton_forward
+from weaver.kernels.backends import (
+    Backend,
+    Forwards,
+    backend_for,
+    cpu_backend,
+    triton_forward,
+    triton_slots,
+)
 from weaver.kernels.costs import Family, Workload
 from weaver.kernels.cpu import build
-from weaver.kernels.ops import choose_path, moe_forward, route_tokens
+from weaver.kernels.cpu import op as native
+from weaver.kernels.ops import (
+    DECODED,
+    choose_path,
+    layer_forward,
+    moe_forward,
+    route_tokens,
+)
 from weaver.kernels.reference import Routing, masked_forward, route
 
 LARGE = torch.empty(512, 256, device="meta")  # exactly SMALL weights
@@ -29,7 +44,7 @@ def first_experts(tokens: int, top_k: int, experts: int) -> Routing:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Family]]:
     """Families whose costs were asked for; grouping pays where a token has one expert."""
     families: list[Family] = []
 
@@ -44,7 +59,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
     monkeypatch.setattr(ops, "costs_of", costs_of)
     ops._path.cache_clear()
     monkeypatch.setattr(ops, "_said", set())
-    return families
+    yield families
+    # What was answered here must not be looked up by other tests.
+    ops._path.cache_clear()
 
 
 def test_the_costs_of_the_layers_family_decide(asked: list[Family]) -> None:
@@ -157,3 +174,123 @@ def test_the_triton_path_adds_the_shared_expert(
     y_TD = triton_forward(x_TD, weights, routing, 10, bias_ED)
     expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
+
+
+def router_for(hidden: int, kind: RouterKind = "linear") -> Router:
+    """Of four experts, with everything that it can have."""
+    generator = torch.Generator().manual_seed(2)
+    weight_ED, up_ED = (torch.randn(4, hidden, generator=generator) for _ in range(2))
+    return Router(
+        kind=kind,
+        weight_ED=weight_ED / hidden**0.5,
+        scale_E=torch.rand(4, generator=generator),
+        balance_bias_E=0.1 * torch.randn(4, generator=generator),
+        up_weight_ED=up_ED if kind == "glu" else None,
+        bias_E=torch.randn(4, generator=generator) if kind == "linear" else None,
+    )
+
+
+def inputs(tokens: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """Inputs, and constants of the experts."""
+    generator = torch.Generator().manual_seed(3)
+    x_TD = torch.randn(tokens, hidden, generator=generator)
+    return x_TD, torch.randn(4, hidden, generator=generator)
+
+
+ROUTED = [("linear", "top-k"), ("glu", "top-k"), ("linear", "threshold")]
+
+
+@pytest.mark.parametrize(("kind", "selection"), ROUTED)
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("neurons", [512, 48])
+def test_a_layer_is_its_routing_and_its_experts(
+    make_ffn: Any,
+    asked: list[Family],
+    kind: RouterKind,
+    selection: Selection,
+    tokens: int,
+    top_k: int,
+    neurons: int,
+) -> None:
+    weights = make_ffn(256, neurons, dtype=torch.float32, biases=True)
+    router, (x_TD, bias_ED) = router_for(256, kind), inputs(tokens, 256)
+    shared = neurons // 4
+    y_TD = layer_forward(x_TD, weights, router, top_k, selection, shared, bias_ED)
+    routing = route(x_TD, router, weights.activation, top_k, selection)
+    assert 0 < routing.num_pairs < 4 * tokens
+    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
+    # A tiny layer, and decoding where the kernel can be compiled, need no costs.
+    needless = neurons == 48 or (tokens <= DECODED and build.is_available())
+    assert (asked == []) == needless
+
+
+@pytest.mark.parametrize(
+    ("tokens", "neurons", "taken"),
+    [(1, 512, 1), (DECODED, 512, 1), (DECODED + 1, 512, 0), (1, 48, 0)],
+)
+def test_a_few_tokens_are_decoded_in_one_call(
+    make_ffn: Any,
+    asked: list[Family],
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    neurons: int,
+    taken: int,
+) -> None:
+    if not build.is_available():
+        pytest.skip("needs a C++ compiler")
+    weights, router = make_ffn(256, neurons, dtype=torch.float32), router_for(256)
+    x_TD, bias_ED = inputs(tokens, 256)
+    calls: list[tuple[Any, ...]] = []
+    decode = native.decode
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments[3:])
+        return decode(*arguments)
+
+    monkeypatch.setattr(native, "decode", counted)
+    y_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
+    assert calls == [(2, "threshold", neurons // 4, bias_ED)] * taken
+    # What has gradients is computed by what can be differentiated.
+    x_TD.requires_grad_()
+    differentiable_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
+    assert differentiable_TD.requires_grad
+    assert len(calls) == taken
+    torch.testing.assert_close(y_TD, differentiable_TD, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "selection"), ROUTED)
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_on_a_gpu_slots_go_to_the_kernels(
+    make_ffn: Any,
+    asked: list[Family],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: RouterKind,
+    selection: Selection,
+    top_k: int,
+    tokens: int,
+) -> None:
+    """Grouping pays for one expert per token, of a threshold for the mean that it is set to."""
+    pytest.importorskip("triton")
+    weights = make_ffn(16, 34, dtype=torch.float32, biases=True)
+    router, (x_TD, bias_ED) = router_for(16, kind), inputs(tokens, 16)
+    routing = route(x_TD, router, weights.activation, top_k, selection)
+    expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
+    monkeypatch.setattr(ops, "backend_for", lambda *_: "triton")
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        shapes.append(tuple(arguments[2].shape))
+        return triton_slots(*arguments)
+
+    monkeypatch.setattr(ops, "triton_slots", counted)
+    if top_k == 1:
+        # A list of pairs has as many as the values say: it would wait for the GPU.
+        monkeypatch.setattr(ops, "route_tokens", lambda *_: pytest.fail("pairs were counted"))
+    y_TD = layer_forward(x_TD, weights, router, top_k, selection, 10, bias_ED)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
+    slots = 1 if selection == "top-k" else 4
+    assert shapes == ([(tokens, slots)] if top_k == 1 else [])
+    assert asked[0] == Family(16, 34, 6, torch.float32, "cpu", "triton", torch.get_num_threads())

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from weaver.stages.pipeline import PlannedStage
 
 
+# Columns of a terminal that shows the whole table of a benchmark.
+WIDE_ENOUGH = 150
+
+
 def show_manifest(console: Console, stage: str, manifest: StageManifest, folder: Path) -> None:
     """One line about a finished stage, and the table of its summary."""
     console.print(
@@ -142,7 +146,8 @@ def _show_router_report(console: Console, report: dict[str, Any]) -> None:
 def show_bench(console: Console, summary: dict[str, Any]) -> None:
     """Dense against converted, a row per number of tokens."""
     title = bench_title(summary["header"])
-    console.print(console_table(title, *bench_columns(summary["rows"])))
+    narrow = console.width < WIDE_ENOUGH
+    console.print(console_table(title, *bench_columns(summary["rows"], narrow=narrow)))
 
 
 def show_roofline(console: Console, device: str, note: str, rows: Sequence[RooflineRow]) -> None:

@@ -18,7 +18,9 @@ _OPTIONAL = {
     "routing ms": "routing_ms",
     "relative error": "relative_error",
 }
-_OF_MODELS = ("dense tokens/s", "converted tokens/s")
+_OF_MODELS = ("phase", "dense tokens/s", "converted tokens/s")
+# Columns that a narrow terminal has no room for.
+_WIDE = ("dense by", "dense tokens/s", "of bound", "path", "routing ms")
 
 
 def bench_title(header: dict[str, Any]) -> str:
@@ -34,46 +36,57 @@ def bench_title(header: dict[str, Any]) -> str:
     )
 
 
-def bench_columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Headers and cells of the rows of a ``BenchResult``."""
-    # The path is known where single FFNs were timed; tokens per second are of interest elsewhere.
+def bench_columns(
+    rows: Sequence[Row], *, narrow: bool = False
+) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Headers and cells of the rows of a ``BenchResult``.
+
+    Args:
+        rows: their fields.
+        narrow: leave out the spread of times and what is of interest to few.
+    """
+    # The path is known where single FFNs were timed.
     single = any(row["path"] is not None for row in rows)
+    left_out = {*(_OF_MODELS if single else ()), *(_WIDE if narrow else ())}
+    columns = _columns(narrow=narrow)
     headers = [
         name
-        for name in _COLUMNS
+        for name in columns
         if name not in _OPTIONAL or any(row[_OPTIONAL[name]] is not None for row in rows)
-        if not (single and name in _OF_MODELS)
+        if name not in left_out
     ]
-    return headers, [tuple(_COLUMNS[name](row) for name in headers) for row in rows]
+    return headers, [tuple(columns[name](row) for name in headers) for row in rows]
 
 
-def _milliseconds(row: Row, which: str) -> str:
-    low, middle, high = (row[f"{which}_{key}ms"] for key in ("p10_", "", "p90_"))
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+def _columns(*, narrow: bool) -> dict[str, Callable[[Row], str]]:
+    def milliseconds(which: str) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            low, middle, high = (row[f"{which}_{key}ms"] for key in ("p10_", "", "p90_"))
+            return f"{middle:.2f}" + ("" if narrow else f" ({low:.2f}-{high:.2f})")
 
+        return cell
 
-def _optional(key: str, form: str) -> Callable[[Row], str]:
-    return lambda row: "-" if row[key] is None else format(row[key], form)
+    def optional(key: str, form: str) -> Callable[[Row], str]:
+        return lambda row: "-" if row[key] is None else format(row[key], form)
+
+    return {
+        "layer": lambda row: str(row["layer"]),
+        "phase": lambda row: str(row["phase"]),
+        "tokens": lambda row: str(row["tokens"]),
+        "dense ms": milliseconds("dense"),
+        "dense by": lambda row: str(row["dense_variant"]),
+        "converted ms": milliseconds("moe"),
+        "dense tokens/s": lambda row: f"{row['dense_tokens_per_second']:.1f}",
+        "converted tokens/s": lambda row: f"{row['moe_tokens_per_second']:.1f}",
+        "speed-up": _speedup,
+        "bound": lambda row: format_ratio(row["bound"]),
+        "of bound": lambda row: format_percent(row["bound_share"]),
+        "path": lambda row: str(row["path"]),
+        "grouped_mm ms": optional("grouped_mm_ms", ".2f"),
+        "routing ms": optional("routing_ms", ".3f"),
+        "relative error": optional("relative_error", ".1e"),
+    }
 
 
 def _speedup(row: Row) -> str:
     return format_ratio(row["speedup"]) + (" slower than dense" if row["speedup"] < 1 else "")
-
-
-_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "layer": lambda row: str(row["layer"]),
-    "phase": lambda row: str(row["phase"]),
-    "tokens": lambda row: str(row["tokens"]),
-    "dense ms": lambda row: _milliseconds(row, "dense"),
-    "dense by": lambda row: str(row["dense_variant"]),
-    "converted ms": lambda row: _milliseconds(row, "moe"),
-    "dense tokens/s": lambda row: f"{row['dense_tokens_per_second']:.1f}",
-    "converted tokens/s": lambda row: f"{row['moe_tokens_per_second']:.1f}",
-    "speed-up": _speedup,
-    "bound": lambda row: format_ratio(row["bound"]),
-    "of bound": lambda row: format_percent(row["bound_share"]),
-    "path": lambda row: str(row["path"]),
-    "grouped_mm ms": _optional("grouped_mm_ms", ".2f"),
-    "routing ms": _optional("routing_ms", ".3f"),
-    "relative error": _optional("relative_error", ".1e"),
-}

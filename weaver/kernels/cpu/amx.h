@@ -34,7 +34,7 @@ using Pair = uint32_t;
 
 constexpr int64_t kSide = 16;       // rows and columns of a tile of pairs or floats
 constexpr int64_t kDepth = 32;      // bfloat16 values in a row of a tile
-constexpr int64_t kChunk = 16;      // blocks of 16 tokens that stay in the second cache
+constexpr int64_t kChunkTiles = 1536;  // tiles of tokens that stay in the second cache
 constexpr int64_t kLine = 64;        // bytes of a cache line
 constexpr int64_t kRowsAhead = 16;  // rows of down that are fetched before they are read
 constexpr int64_t kPanels = 4;      // times 32 columns of down that are read at once
@@ -111,7 +111,7 @@ struct Tokens {
   Factor factor;
 };
 
-// B tiles of the tokens [first, first + 16 blocks): (block, hidden / 32).
+// B tiles of the tokens [first, first + 16 * blocks): (block, hidden / 32).
 template <typename Row>
 void pack_tokens(const BFloat16* x, int64_t hidden, int64_t count, int64_t first, int64_t blocks,
                  Row row, Tile* packed) {
@@ -230,7 +230,8 @@ void hidden_tiles(const Slice& slice, int64_t neuron, const Tile* tokens, int64_
                   int64_t blocks, const Tokens<Row, Factor>& users, Tile* scratch, Tile* hidden,
                   int64_t stride) {
   const int64_t depth = slice.hidden / kDepth;
-  Tile pairs[kChunk], out[4];
+  Tile* pairs = scratch + 2 * depth;
+  Tile out[4];
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t n = neuron + half * kSide, rows = std::min(kSide, slice.neurons - n);
     auto rows_of = [&](const BFloat16* matrix, int64_t stride, Tile* copy) -> Rows {
@@ -320,13 +321,17 @@ template <typename Row, typename Factor>
 void add_slice(const BFloat16* x, const Slice& slice, const Tokens<Row, Factor>& users, float* y) {
   const int64_t in_depth = slice.hidden / kDepth;
   const int64_t depth = (slice.neurons + kDepth - 1) / kDepth;
-  const auto packed = tiles(kChunk * in_depth), hidden = tiles(kChunk * depth);
-  for (int64_t first = 0; first < users.count; first += kChunk * kSide) {
-    const int64_t blocks = std::min(kChunk, (users.count - first + kSide - 1) / kSide);
+  // Chunks of equal size: every one of them packs the weights again.
+  const int64_t all = (users.count + kSide - 1) / kSide;
+  const int64_t most = std::max<int64_t>(2, kChunkTiles / in_depth);
+  const int64_t chunks = (all + most - 1) / most, chunk = (all + chunks - 1) / chunks;
+  const auto packed = tiles(chunk * in_depth), hidden = tiles(chunk * depth);
+  for (int64_t first = 0; first < users.count; first += chunk * kSide) {
+    const int64_t blocks = std::min(chunk, (users.count - first + kSide - 1) / kSide);
     pack_tokens(x, slice.hidden, users.count, first, blocks, users.row, packed.get());
     at::parallel_for(0, depth, 1, [&](int64_t from, int64_t to) {
       configure();
-      const auto scratch = tiles(2 * in_depth);
+      const auto scratch = tiles(2 * in_depth + chunk);
       for (int64_t c = from; c < to; ++c)
         hidden_tiles(slice, c * kDepth, packed.get(), first, blocks, users, scratch.get(),
                           &hidden[c], depth);
