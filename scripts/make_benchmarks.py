@@ -17,6 +17,7 @@ from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import markdown_table
 
 HIDDEN, NEURONS = 2048, 8192
+SPARSITIES = (0.25, 0.5)
 # By number of slices: few experts selected by a threshold, many experts and top-k.
 METHODS = {8: "weave", 64: "expertweaver"}
 ONE_WARMUP = ("--set", "bench.warmup=1")
@@ -63,7 +64,7 @@ def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
 
 def model(run_dir: Path) -> str:
     """Whole models, dense and converted."""
-    how = ["--tokens", "1,16,128,512", "--threads", "1", "--repeats", "5"]
+    how = ["--tokens", "1,16,128,512", "--threads", "1", "--repeats", "3"]
     weaver("bench", "--run-dir", str(run_dir), "--force", *how, *ONE_WARMUP)
     experts, sparsity = run_dir.name.split("-")
     title = f"### {experts} slices, {float(sparsity):.0%}"
@@ -80,18 +81,18 @@ def main() -> None:
     arguments = parser.parse_args()
     runs: Path = arguments.runs
     runs.mkdir(parents=True, exist_ok=True)
-    layouts = [(experts, sparsity) for experts in (8, 64) for sparsity in (0.25, 0.5)]
+    layouts = [(experts, sparsity) for experts in (8, 64) for sparsity in SPARSITIES]
     run_dirs = [converted(runs, arguments.config, *layout) for layout in layouts]
     if arguments.convert:
         return
     parts = [INTRODUCTION, "## Whole model: SmolLM2-135M\n"]
     parts += [model(run_dir) for run_dir in run_dirs]
-    for dtype in ("bfloat16", "float32"):
+    for dtype, tokens in (("bfloat16", "1,16,128,512,2048"), ("float32", "1,512,2048")):
         parts.append(f"## One FFN, D {HIDDEN}, F {NEURONS}, {dtype}\n")
-        for experts, sparsity in layouts:
-            tokens = "1,16,128,512,2048" if experts == 8 else "1,512"
-            parts.append(layer(runs, dtype, sparsity, experts, tokens, "uniform"))
-        parts.append(layer(runs, dtype, 0.5, 8, "1,512", "skewed"))
+        parts += [layer(runs, dtype, sparsity, 8, tokens, "uniform") for sparsity in SPARSITIES]
+    parts.append("## The same in bfloat16: many experts, and uneven routing\n")
+    parts += [layer(runs, "bfloat16", sparsity, 64, "1,512", "uniform") for sparsity in SPARSITIES]
+    parts.append(layer(runs, "bfloat16", 0.5, 8, "1,512", "skewed"))
     arguments.out.write_text("\n".join(parts))
 
 
