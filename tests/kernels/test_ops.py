@@ -253,11 +253,13 @@ def test_a_few_tokens_are_decoded_in_one_call(
     y_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
     assert calls == [(2, "threshold", neurons // 4, bias_ED)] * taken
     # What has gradients is computed by what can be differentiated.
-    x_TD.requires_grad_()
-    differentiable_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
-    assert differentiable_TD.requires_grad
-    assert len(calls) == taken
-    torch.testing.assert_close(y_TD, differentiable_TD, rtol=1e-4, atol=1e-5)
+    for tensor in (x_TD, router.weight_ED, router.scale_E, bias_ED):
+        tensor.requires_grad_()
+        found_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
+        assert found_TD.requires_grad
+        assert len(calls) == taken
+        torch.testing.assert_close(found_TD, y_TD, rtol=1e-4, atol=1e-5)
+        tensor.requires_grad_(False)
 
 
 @pytest.mark.parametrize(("kind", "selection"), ROUTED)

@@ -100,6 +100,12 @@ def bench(
         return
     is_size = any(size is not None for size in sizes)
     _check(run_dir, level, sizes, is_size=is_size)
+    if level == Level.MODEL and (json_file or plot or layer):
+        raise WeaverError(
+            "--json, --plot and --layer are of single FFNs",
+            why="whole models leave results.json and speedup.svg in the run's folder bench",
+            fix="--level layer, or leave them out",
+        )
     context = make_context(
         run_dir or Path(),
         seed=load_seed(config, overrides or [], seed),

@@ -40,7 +40,8 @@ def layer_forward(
     expert_bias_ED: Tensor | None = None,
 ) -> Tensor:
     """Router and MoE FFN, as a model calls them; see ``route`` and ``masked_forward``."""
-    backend = backend_for(x_TD, weights, router.weight_ED, router.scale_E, expert_bias_ED)
+    trained = (router.weight_ED, router.up_weight_ED, router.bias_E, router.scale_E)
+    backend = backend_for(x_TD, weights, *trained, expert_bias_ED)
     tokens, experts = x_TD.shape[0], router.weight_ED.shape[0]
     if backend == "native" and tokens <= DECODED:
         rest = (top_k, selection, num_shared, expert_bias_ED)

@@ -25,13 +25,14 @@ _WIDE = ("dense by", "dense tokens/s", "of bound", "path", "routing ms")
 
 def bench_title(header: dict[str, Any]) -> str:
     """Where and how the times were taken, from the fields of a ``BenchHeader``."""
-    peak, clock = header["peak_memory_bytes"], header["clock_mhz"]
+    # Results of earlier versions have less.
+    peak, clock = header.get("peak_memory_bytes"), header.get("clock_mhz")
     return (
         f"{header['device']}, "
         + (f"{clock:.0f} MHz, " if clock else "")
         + f"{header['threads']} thread(s), {header['dtype']}, "
-        f"torch {header['versions']['torch']}; level {header['level']}, "
-        f"{header['routing']} routing; medians (p10-p90)"
+        f"torch {header['versions']['torch']}; level {header.get('level', 'model')}, "
+        f"{header.get('routing', 'real')} routing; medians (p10-p90)"
         + (f"; peak memory {format_bytes(peak)}" if peak else "")
     )
 
@@ -46,13 +47,13 @@ def bench_columns(
         narrow: leave out the spread of times and what is of interest to few.
     """
     # The path is known where single FFNs were timed.
-    single = any(row["path"] is not None for row in rows)
+    single = any(row.get("path") is not None for row in rows)
     left_out = {*(_OF_MODELS if single else ()), *(_WIDE if narrow else ())}
     columns = _columns(narrow=narrow)
     headers = [
         name
         for name in columns
-        if name not in _OPTIONAL or any(row[_OPTIONAL[name]] is not None for row in rows)
+        if name not in _OPTIONAL or any(row.get(_OPTIONAL[name]) is not None for row in rows)
         if name not in left_out
     ]
     return headers, [tuple(columns[name](row) for name in headers) for row in rows]

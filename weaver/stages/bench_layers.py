@@ -48,11 +48,10 @@ class LayerSize:
         """
         width = plan_width(self.intermediate_size, self.num_experts, 1)
         neurons = active_neurons(self.intermediate_size, self.num_experts, width, self.sparsity)
-        leftover = self.intermediate_size - self.num_experts * width
-        active = (neurons - leftover) // width
-        shared = min(round(active * SHARED_SHARE), active - 1)
+        active = neurons // width
+        shared = round(active * SHARED_SHARE)
         return LayerShape(
-            num_shared_neurons=leftover + shared * width,
+            num_shared_neurons=shared * width,
             n_routed_experts=self.num_experts - shared,
             moe_intermediate_size=width,
             num_experts_per_tok=active - shared,
