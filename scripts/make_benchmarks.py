@@ -1,7 +1,8 @@
 """Measure docs/benchmarks.md: single FFNs and whole models on this CPU, one thread.
 
 Every table is one run of ``weaver bench`` in a process of its own. Other work on the machine makes
-times longer and ratios less certain; run it alone. Conversions are made once, below --runs.
+times longer and ratios less certain; run it alone. What was measured below --runs is not measured
+again: an interrupted script goes on, and new numbers want a new folder.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, ro
     sizes = ["--hidden-size", str(HIDDEN), "--intermediate-size", str(NEURONS)]
     layout = ["--num-experts", str(experts), "--sparsity", str(sparsity), "--dtype", dtype]
     how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "5"]
-    weaver("bench", "--level", "layer", *sizes, *layout, *how, "--json", str(file), *ONE_WARMUP)
-    return f"### {experts} slices, {sparsity:.0%}, {routing} routing\n\n{table(file)}"
+    if not file.exists():
+        weaver("bench", "--level", "layer", *sizes, *layout, *how, "--json", str(file), *ONE_WARMUP)
+    return f"### {dtype}, {experts} slices, {sparsity:.0%}, {routing} routing\n\n{table(file)}"
 
 
 def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
@@ -65,10 +67,23 @@ def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
 def model(run_dir: Path) -> str:
     """Whole models, dense and converted."""
     how = ["--tokens", "1,16,128,512", "--threads", "1", "--repeats", "3"]
-    weaver("bench", "--run-dir", str(run_dir), "--force", *how, *ONE_WARMUP)
+    file = run_dir / "bench" / "results.json"
+    if not file.exists():
+        weaver("bench", "--run-dir", str(run_dir), "--force", *how, *ONE_WARMUP)
     experts, sparsity = run_dir.name.split("-")
     title = f"### {experts} slices, {float(sparsity):.0%}"
-    return f"{title}, {METHODS[int(experts)]}\n\n{table(run_dir / 'bench' / 'results.json')}"
+    return f"{title}, {METHODS[int(experts)]}\n\n{table(file)}"
+
+
+def finished(runs: Path) -> list[str]:
+    """The tables that are there, of whole models first."""
+    parts = ["## Whole model: SmolLM2-135M\n"]
+    parts += [model(file.parents[1]) for file in sorted(runs.glob("*/bench/results.json"))]
+    parts.append(f"## One FFN, D {HIDDEN}, F {NEURONS}\n")
+    for file in sorted(runs.glob("layer-*.json")):
+        _, dtype, sparsity, experts, routing = file.stem.split("-")
+        parts.append(layer(runs, dtype, float(sparsity), int(experts), "", routing))
+    return parts
 
 
 def main() -> None:
@@ -78,22 +93,31 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--convert", action="store_true", help="Only make the conversions.")
+    parser.add_argument(
+        "--finished", action="store_true", help="Run nothing; finished tables only."
+    )
     arguments = parser.parse_args()
     runs: Path = arguments.runs
     runs.mkdir(parents=True, exist_ok=True)
-    layouts = [(experts, sparsity) for experts in (8, 64) for sparsity in SPARSITIES]
-    run_dirs = [converted(runs, arguments.config, *layout) for layout in layouts]
-    if arguments.convert:
-        return
-    parts = [INTRODUCTION, "## Whole model: SmolLM2-135M\n"]
-    parts += [model(run_dir) for run_dir in run_dirs]
+    if not arguments.finished:
+        layouts = [(experts, sparsity) for experts in (8, 64) for sparsity in SPARSITIES]
+        run_dirs = [converted(runs, arguments.config, *layout) for layout in layouts]
+        if arguments.convert:
+            return
+        measure(runs, run_dirs)
+    arguments.out.write_text("\n".join([INTRODUCTION, *finished(runs)]))
+
+
+def measure(runs: Path, run_dirs: list[Path]) -> None:
+    """Everything that is not there yet."""
+    for run_dir in run_dirs:
+        model(run_dir)
     for dtype, tokens in (("bfloat16", "1,16,128,512,2048"), ("float32", "1,512,2048")):
-        parts.append(f"## One FFN, D {HIDDEN}, F {NEURONS}, {dtype}\n")
-        parts += [layer(runs, dtype, sparsity, 8, tokens, "uniform") for sparsity in SPARSITIES]
-    parts.append("## The same in bfloat16: many experts, and uneven routing\n")
-    parts += [layer(runs, "bfloat16", sparsity, 64, "1,512", "uniform") for sparsity in SPARSITIES]
-    parts.append(layer(runs, "bfloat16", 0.5, 8, "1,512", "skewed"))
-    arguments.out.write_text("\n".join(parts))
+        for sparsity in SPARSITIES:
+            layer(runs, dtype, sparsity, 8, tokens, "uniform")
+    for sparsity in SPARSITIES:
+        layer(runs, "bfloat16", sparsity, 64, "1,512", "uniform")
+    layer(runs, "bfloat16", 0.5, 8, "1,512", "skewed")
 
 
 INTRODUCTION = """# Benchmarks
