@@ -10,12 +10,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import typer
 from rich.console import Console
 from tiny_runs import file_times, run_config, run_stages
+from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 import weaver.cli.app
 from weaver.artifacts.results import BenchHeader, BenchResult, BenchRow
+from weaver.cli.bench import FLAGS
 from weaver.cli.show import show_bench
 from weaver.evaluation import layers
 from weaver.kernels.roofline import SHAPES
@@ -165,7 +168,7 @@ def test_a_size_that_does_not_fit(words: tuple[str, ...]) -> None:
     [
         (("--routing", "real"), "there is no real routing for an FFN that is only a size"),
         (("--sparsity", "0.05"), "sparsity 0.05 leaves 8 of 8 experts active"),
-        (("--num-experts", "7"), "64 neurons do not divide into 7 experts"),
+        (("--num-experts", "7"), "64 neurons do not divide into 7 slices"),
         (("--tokens", "0"), "tokens.0: Input should be greater than 0"),
         (("--tokens", "1,x"), "tokens.1: Input should be a valid integer"),
     ],
@@ -174,6 +177,41 @@ def test_bad_flags_of_a_size(flags: tuple[str, ...], expected: str, tmp_path: Pa
     json_file = tmp_path / "rows.json"
     assert expected in refusal(*SIZE, "--json", json_file, *flags)[0]
     assert not json_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "others", "what"),
+    [
+        (
+            ("--run-dir", "run", "--json", "rows.json", "--layer", "1"),
+            "--json, --layer",
+            "whole models",
+        ),
+        (("--run-dir", "run", "--routing", "real"), "--routing", "whole models"),
+        (("--run-dir", "run", "--level", "layer", "--force"), "--force", "FFNs of a run"),
+        (
+            ("--run-dir", "run", "--level", "kernel", "--sparsity", "0.5"),
+            "--sparsity",
+            "FFNs of a run",
+        ),
+        ((*SIZE, "--layer", "0", "--dry-run"), "--dry-run, --layer", "the size of an FFN"),
+        ((*SIZE, "--decode-tokens", "3"), "--decode-tokens", "the size of an FFN"),
+        (("--roofline", "h100", "--threads", "1"), "--threads", "a roofline"),
+    ],
+)
+def test_a_flag_that_would_do_nothing(words: tuple[str, ...], others: str, what: str) -> None:
+    said, why, fix = refusal(*words)
+    assert said == f"{others} would do nothing for {what}"
+    assert why.startswith(f"{what} can be given --")
+    assert fix.startswith(f"leave {others.replace(', ', ' and ')} out")
+
+
+def test_every_flag_means_something_somewhere() -> None:
+    command = typer.main.get_command(weaver.cli.app.app)
+    assert isinstance(command, TyperGroup)
+    names = {name for each in command.commands["bench"].params for name in each.opts}
+    known = set().union(*FLAGS.values())
+    assert known == {name for name in names if name.startswith("--")}
 
 
 def test_a_roofline_is_not_a_measurement() -> None:

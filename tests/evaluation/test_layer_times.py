@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from fake_clock import Clock
 from torch import Tensor
 
 from weaver.artifacts.results import FfnLevel
@@ -23,25 +21,6 @@ from weaver.models.moe import MoEFeedForward
 def tiny_case() -> LayerCase:
     """16 neurons: 4 shared, 3 experts of 4, of which one is selected; 8 tokens."""
     return synthetic_case(LayerShape(4, 3, 4, 1, "linear"), 8, 8, torch.float32)
-
-
-class Clock:
-    """A clock that stands still unless something sleeps on it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def around(self, seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, taking so long."""
-
-        def slow(*arguments: Any, **named: Any) -> Any:
-            self.now += seconds
-            return function(*arguments, **named)
-
-        return slow
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_clock import Clock
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,19 +18,6 @@ from weaver.evaluation.speed import (
 )
 from weaver.kernels import timing
 from weaver.kernels.machine import cpu_name
-
-
-class Clock:
-    """A clock that stands still unless something sleeps on it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from weaver.artifacts.cache import cache_lock
 from weaver.kernels import costs
 from weaver.kernels.costs import TOKENS, Costs, Family, Workload, costs_of, measure
 
@@ -67,20 +70,45 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs_of(FAMILY) == COSTS
     assert measured == [FAMILY]
     assert json.loads(FAMILY.file.read_text())["expert"] == list(COSTS.expert)
-    assert [path.name for path in FAMILY.file.parent.iterdir()] == [FAMILY.file.name]
+    assert {path.name for path in FAMILY.file.parent.iterdir()} == {FAMILY.file.name, "costs.lock"}
 
 
-def test_who_measures_second_goes_on_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = replace(COSTS, routing=(9.0,) * 5)
+def test_who_waits_goes_on_with_what_the_first_one_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(costs, "measure", lambda _family: pytest.fail("measured twice"))
+    holding = threading.Event()
 
-    def slow(family: Family) -> Costs:
-        """Meanwhile another process finishes."""
-        monkeypatch.setattr(costs, "measure", lambda _family: other)
-        costs_of.__wrapped__(family)
-        return COSTS
+    def first() -> None:
+        with cache_lock("costs"):
+            holding.set()
+            time.sleep(0.2)
+            FAMILY.file.write_text(json.dumps(asdict(COSTS)))
 
-    monkeypatch.setattr(costs, "measure", slow)
-    assert costs_of(FAMILY) == other
+    other = threading.Thread(target=first)
+    other.start()
+    holding.wait()
+    assert costs_of(FAMILY) == COSTS
+    other.join()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"dense": 1}'])
+def test_a_damaged_file_is_measured_again(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(costs, "measure", lambda _family: COSTS)
+    FAMILY.file.write_text(text)
+    assert costs_of(FAMILY) == COSTS
+    assert json.loads(FAMILY.file.read_text())["dense"] == list(COSTS.dense)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WEAVER_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(costs, "measure", lambda _family: COSTS)
+    assert costs_of(FAMILY) == COSTS
+    (record,) = caplog.records
+    assert "set WEAVER_CACHE to a folder that can be written" in record.getMessage()
 
 
 @pytest.mark.parametrize(

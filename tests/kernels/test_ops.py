@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_kernel import require_native
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
@@ -103,8 +104,8 @@ def test_that_nothing_is_skipped_is_said_once(
 def test_the_chosen_path_is_taken(
     make_ffn: Any, make_routing: Any, monkeypatch: pytest.MonkeyPatch, path: Any, backend: Backend
 ) -> None:
-    if backend == "native" and not build.is_available():
-        pytest.skip("needs a C++ compiler")
+    if backend == "native":
+        require_native()
     x_TD = torch.randn(33, 16, generator=torch.Generator().manual_seed(1))
     weights, routing = make_ffn(16, 34, dtype=torch.float32), make_routing(33, 4, 2)
     bias_ED = torch.ones(4, 16)
@@ -238,8 +239,7 @@ def test_a_few_tokens_are_decoded_in_one_call(
     neurons: int,
     taken: int,
 ) -> None:
-    if not build.is_available():
-        pytest.skip("needs a C++ compiler")
+    require_native()
     weights, router = make_ffn(256, neurons, dtype=torch.float32), router_for(256)
     x_TD, bias_ED = inputs(tokens, 256)
     calls: list[tuple[Any, ...]] = []

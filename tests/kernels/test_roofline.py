@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weaver.artifacts.types import Router
 from weaver.kernels import roofline
+from weaver.kernels.gpu.configurations import DECODE_TOKENS
 from weaver.kernels.gpu.dispatch import dispatch_pairs
 from weaver.kernels.gpu.variants import PrefillShape, Variant, down_cost
 from weaver.kernels.reference import route
@@ -216,11 +217,7 @@ def test_launches_of_routing_and_dispatch_are_those_of_the_code() -> None:
 
 
 def test_decode_ends_where_the_kernels_end_it() -> None:
-    pytest.importorskip("triton")
-    from weaver.kernels.gpu.decode import MAX_TOKENS
-
-    assert roofline.DECODE_TOKENS == MAX_TOKENS
-    assert SMALL.variant(MAX_TOKENS) == "decode" != SMALL.variant(MAX_TOKENS + 1)
+    assert SMALL.variant(DECODE_TOKENS) == "decode" != SMALL.variant(DECODE_TOKENS + 1)
 
 
 @pytest.mark.slow

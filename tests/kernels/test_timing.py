@@ -6,24 +6,12 @@ import gc
 from collections.abc import Callable
 
 import pytest
+from fake_clock import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weaver.kernels import timing
 from weaver.kernels.timing import Timing, interleave
-
-
-class Clock:
-    """A clock that stands still unless something sleeps on it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

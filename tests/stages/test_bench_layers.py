@@ -55,8 +55,8 @@ def test_shapes_by_hand(neurons: int, slices: int, sparsity: float, expected: La
         (64, 8, 0.95, r"sparsity 0\.95 leaves 0 of 8 experts active"),
         # Neurons that are left over are not given to the shared expert, as without a width multiple
         # in a partition.
-        (66, 8, 0.25, "66 neurons do not divide into 8 experts"),
-        (64, 1, 0.25, "num_experts=1"),
+        (66, 8, 0.25, "66 neurons do not divide into 8 slices"),
+        (64, 1, 0.25, "64 neurons do not divide into 1 slices"),
     ],
 )
 def test_impossible_sizes(neurons: int, slices: int, sparsity: float, message: str) -> None:

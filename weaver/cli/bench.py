@@ -34,7 +34,20 @@ class Routing(StrEnum):
     SKEWED = "skewed"
 
 
+# What can be timed or predicted, and the flags that mean something there.
+_TIMING = {"--tokens", "--repeats", "--threads", "--dtype", "--config", "--set", "--seed"}
+_FFN = _TIMING | {"--level", "--routing", "--json", "--plot"}
+_SIZES = {"--hidden-size", "--intermediate-size", "--num-experts", "--sparsity"}
+FLAGS = {
+    "whole models": _TIMING | {"--run-dir", "--level", "--decode-tokens", "--force", "--dry-run"},
+    "FFNs of a run": _FFN | {"--run-dir", "--layer"},
+    "the size of an FFN": _FFN | _SIZES,
+    "a roofline": {"--roofline", "--tokens"},
+}
+
+
 def bench(
+    context: typer.Context,
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", "-r", help="Folder of a run; or name sizes, or a roofline."),
@@ -95,18 +108,15 @@ def bench(
     }
     settings = load_section(BenchConfig, "bench", config, overrides or [], flags)
     sizes = (hidden_size, intermediate_size)
+    is_size = any(size is not None for size in sizes)
     if roofline is not None:
+        _refuse_others(context, "a roofline")
         _show_roofline(roofline, None if tokens is None else settings.tokens)
         return
-    is_size = any(size is not None for size in sizes)
     _check(run_dir, level, sizes, is_size=is_size)
-    if level == Level.MODEL and (json_file or plot or layer):
-        raise WeaverError(
-            "--json, --plot and --layer are of single FFNs",
-            why="whole models leave results.json and speedup.svg in the run's folder bench",
-            fix="--level layer, or leave them out",
-        )
-    context = make_context(
+    of_run = "whole models" if level == Level.MODEL else "FFNs of a run"
+    _refuse_others(context, "the size of an FFN" if is_size else of_run)
+    stage_context = make_context(
         run_dir or Path(),
         seed=load_seed(config, overrides or [], seed),
         force=force,
@@ -116,21 +126,20 @@ def bench(
     if level == Level.MODEL:
         from weaver.stages.bench import bench as stage
 
-        run_stage(context, "bench", lambda c: stage(c, settings))
+        run_stage(stage_context, "bench", lambda c: stage(c, settings))
         return
     from weaver.stages.bench_layers import LayerSize, bench_run, bench_size
 
     of: FfnLevel = "layer" if level == Level.LAYER else "kernel"
-
     if is_size:
         assert hidden_size is not None
         assert intermediate_size is not None
         size = LayerSize(hidden_size, intermediate_size, num_experts, sparsity)
         chosen = routing or Routing.UNIFORM
-        result = bench_size(context, settings, size, of, chosen.value)
+        result = bench_size(stage_context, settings, size, of, chosen.value)
     else:
         chosen = routing or Routing.REAL
-        result = bench_run(context, settings, layer or [], of, chosen.value)
+        result = bench_run(stage_context, settings, layer or [], of, chosen.value)
     _report(result, json_file, plot)
 
 
@@ -149,6 +158,21 @@ def _check(
             "nothing to time",
             why="bench times the converted model of a run, or an FFN of a given size",
             fix="--run-dir RUN, or --level layer --hidden-size 2048 --intermediate-size 8192",
+        )
+
+
+def _refuse_others(context: typer.Context, what: str) -> None:
+    """Flags that would do nothing are errors."""
+    given = set()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given.add(next(name for name in parameter.opts if name.startswith("--")))
+    if others := sorted(given - FLAGS[what]):
+        raise WeaverError(
+            f"{', '.join(others)} would do nothing for {what}",
+            why=f"{what} can be given {', '.join(sorted(FLAGS[what]))}",
+            fix=f"leave {' and '.join(others)} out, or time something else with --level",
         )
 
 

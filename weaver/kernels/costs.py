@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path as FilePath
 from typing import NamedTuple
@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights
-from weaver.artifacts.cache import cache_folder
+from weaver.artifacts.cache import cache_folder, cache_lock
+from weaver.artifacts.store import write_json
 from weaver.artifacts.types import Router
+from weaver.errors import WeaverError
 from weaver.kernels.backends import Backend, Path, forwards
-from weaver.kernels.cpu.build import library_path
+from weaver.kernels.cpu.build import compiled_kernel
 from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.machine import cpu_name
 from weaver.kernels.reference import Routing
@@ -35,6 +37,8 @@ from weaver.kernels.timing import interleave
 # Tokens at which a family is timed; times in between are interpolated, beyond extrapolated.
 TOKENS = (1, 4, 16, 64, 256)
 REPEATS = 5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Family:
     def file(self) -> FilePath:
         """Where its costs are kept."""
         device = torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
-        kernel = library_path().parent.name if self.backend == "native" else ""
+        kernel = compiled_kernel().parent.name if self.backend == "native" else ""
         text = f"{self} {device} torch {torch.__version__} {kernel} {TOKENS}"
         return cache_folder() / f"costs-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
@@ -130,24 +134,33 @@ class Costs:
 
 @cache
 def costs_of(family: Family) -> Costs:
-    """The costs of a family: read, or measured and written.
+    """The costs of a family: read, or measured and written while other processes wait for them.
 
-    Of processes that measure at once all go on with what the first one wrote.
+    Where the cache cannot be written they hold for this process alone, and a warning says so.
     """
-    file = family.file
-    if not file.exists():
-        measured = measure(family)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"family": str(family), **asdict(measured)}, indent=1))
-        try:
-            os.link(temporary, file)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
-    values = json.loads(file.read_text())
-    return Costs(**{name: tuple(values[name]) for name in Costs.__dataclass_fields__})
+    try:
+        with cache_lock("costs"):
+            found = _read(family.file)
+            if found is None:
+                found = measure(family)
+                write_json(family.file, {"family": str(family), **asdict(found)})
+            return found
+    except (OSError, WeaverError) as error:
+        _log.warning(
+            "Measured costs cannot be kept (%s): other runs may choose other paths and differ in "
+            "last bits. To keep them, set WEAVER_CACHE to a folder that can be written.",
+            error,
+        )
+        return measure(family)
+
+
+def _read(file: FilePath) -> Costs | None:
+    """What a file holds; None if there is none, or a damaged one."""
+    try:
+        values = json.loads(file.read_text())
+        return Costs(**{field.name: tuple(values[field.name]) for field in fields(Costs)})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

@@ -16,13 +16,12 @@ from typing import Literal
 import numpy as np
 from scipy.special import bdtrc
 
-from weaver.kernels.gpu.configurations import tile_rows
+from weaver.kernels.gpu.configurations import DECODE_TOKENS, tile_rows
 from weaver.kernels.gpu.variants import PrefillShape, Variant, choose_variant
 
 NOTE = "Predicted by a byte and FLOP model from data-sheet figures; nothing was measured."
 
 SIZE = 2  # bytes of a weight or an activation
-DECODE_TOKENS = 4  # MAX_TOKENS of gpu.decode, which needs triton
 # Operations of torch that are not views, in reference.route with Routing.slots besides the product
 # and the cast of its inputs, and in gpu.dispatch.
 ROUTING_LAUNCHES = 12

@@ -14,7 +14,7 @@ from weaver.config import BenchConfig
 from weaver.errors import WeaverError
 from weaver.evaluation.layers import LayerCase, measure_layer, synthetic_case
 from weaver.evaluation.speed import device_header
-from weaver.methods.allocation import active_neurons, plan_width
+from weaver.methods.allocation import active_neurons
 from weaver.models.accounting import LayerShape
 from weaver.models.moe import MoEFeedForward
 from weaver.stages.bench import pinned_threads, prompt
@@ -46,7 +46,13 @@ class LayerSize:
         Raises:
             WeaverError: the experts cannot express the sparsity.
         """
-        width = plan_width(self.intermediate_size, self.num_experts, 1)
+        width, left = divmod(self.intermediate_size, self.num_experts)
+        if left or self.num_experts < 2:
+            raise WeaverError(
+                f"{self.intermediate_size} neurons do not divide into {self.num_experts} slices",
+                why="there are at least two slices, all of the same width",
+                fix="--num-experts or --intermediate-size so that the one divides the other",
+            )
         neurons = active_neurons(self.intermediate_size, self.num_experts, width, self.sparsity)
         active = neurons // width
         shared = round(active * SHARED_SHARE)

@@ -12,6 +12,7 @@ import torch
 from torch.utils import cpp_extension
 
 from weaver.kernels.cpu import build
+from weaver.kernels.cpu.build import compiled_kernel
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_finished_build_is_renamed_into_place(
 
     monkeypatch.setattr(cpp_extension, "load", load)
     monkeypatch.setattr(torch.ops, "load_library", calls.append)
-    library = build.library_path()
+    library = compiled_kernel()
     build._build(library)
     assert library.read_text() == "library"
     assert library.is_relative_to(empty_cache)
@@ -65,10 +66,10 @@ def test_a_finished_build_is_renamed_into_place(
 
 
 def test_another_processor_or_torch_has_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = build.library_path()
-    assert build.library_path() == here
+    here = compiled_kernel()
+    assert compiled_kernel() == here
     with monkeypatch.context() as patched:
         patched.setattr(build, "cpu_features", lambda: "fpu sse")
-        assert build.library_path() != here
+        assert compiled_kernel() != here
     monkeypatch.setattr(torch, "__version__", "2.0")
-    assert build.library_path() != here
+    assert compiled_kernel() != here

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from native_kernel import require_native
 from torch import Tensor
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights
 from weaver.artifacts.types import Router
 from weaver.kernels import reference
-from weaver.kernels.cpu import build, op
+from weaver.kernels.cpu import op
 from weaver.kernels.reference import Routing, masked_forward
 
 # Relative error of the whole output.
@@ -45,8 +46,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if not build.is_available():
-        pytest.skip("needs a C++ compiler")
+    require_native()
 
 
 @pytest.fixture(params=[1, 2])

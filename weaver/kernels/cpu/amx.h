@@ -1,10 +1,11 @@
-// A slice of the MoE FFN in bfloat16 on the matrix tiles of AMX, without packing the weights.
+// A slice of the MoE FFN in bfloat16 on the matrix tiles of AMX.
 //
 // A tile instruction adds A (16 x 32) times B (32 x 16) to C (16 x 16). A is read row by row as it
 // lies in memory; B wants two values of one column side by side ("pairs"). Hidden activations are
 // therefore computed transposed, with rows of gate and up as A and the tokens, packed once per
 // slice, as B; and the down projection with the hidden activations as A and two rows of down
-// interleaved as B. What a GEMM library repacks on every call, all weights, is not touched here.
+// interleaved as B. No weight is transposed, as a GEMM library would do on every call: rows of gate
+// and up are copied side by side, and that only where more than 32 tokens read them.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +33,12 @@ namespace weaver::amx {
 using c10::BFloat16;
 using Pair = uint32_t;
 
-constexpr int64_t kSide = 16;       // rows and columns of a tile of pairs or floats
-constexpr int64_t kDepth = 32;      // bfloat16 values in a row of a tile
+constexpr int64_t kSide = 16;          // rows and columns of a tile of pairs or floats
+constexpr int64_t kDepth = 32;         // bfloat16 values in a row of a tile
 constexpr int64_t kChunkTiles = 1536;  // tiles of tokens that stay in the second cache
-constexpr int64_t kLine = 64;        // bytes of a cache line
-constexpr int64_t kRowsAhead = 16;  // rows of down that are fetched before they are read
-constexpr int64_t kPanels = 4;      // times 32 columns of down that are read at once
+constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kRowsAhead = 16;     // rows of down that are fetched before they are read
+constexpr int64_t kPanels = 4;         // times 32 columns of down that are read at once
 
 struct alignas(64) Tile {
   Pair at[kSide][kSide];
@@ -252,7 +253,7 @@ void hidden_tiles(const Slice& slice, int64_t neuron, const Tile* tokens, int64_
         products<false>(gate, up, tokens + b * depth, depth, ahead, out);
       for (int64_t t = 0; t < 1 + two; ++t)
         activate(slice, n, first + (b + t) * kSide, users, out[2 * t], out[2 * t + 1],
-                      pairs[b + t].at + half * kSide / 2);
+                 pairs[b + t].at + half * kSide / 2);
     }
   }
   for (int64_t b = 0; b < blocks; ++b) transpose(pairs[b], hidden[b * stride]);
@@ -334,7 +335,7 @@ void add_slice(const BFloat16* x, const Slice& slice, const Tokens<Row, Factor>&
       const auto scratch = tiles(2 * in_depth + chunk);
       for (int64_t c = from; c < to; ++c)
         hidden_tiles(slice, c * kDepth, packed.get(), first, blocks, users, scratch.get(),
-                          &hidden[c], depth);
+                     &hidden[c], depth);
     });
     const int64_t wide = (in_depth + kPanels - 1) / kPanels;
     at::parallel_for(0, wide, 1, [&](int64_t from, int64_t to) {

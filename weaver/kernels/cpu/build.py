@@ -8,7 +8,6 @@ process compile.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,7 +23,7 @@ from subprocess import SubprocessError
 
 import torch
 
-from weaver.artifacts.cache import cache_folder
+from weaver.artifacts.cache import cache_folder, cache_lock
 from weaver.kernels.machine import cpu_features
 
 NAME = "weaver_cpu"
@@ -40,7 +39,7 @@ def is_available() -> bool:
 
     Without a compiler the answer is no, and a warning says once what is slower and what to install.
     """
-    library = library_path()
+    library = compiled_kernel()
     try:
         if not library.exists():
             _build(library)
@@ -57,7 +56,7 @@ def is_available() -> bool:
     return True
 
 
-def library_path() -> Path:
+def compiled_kernel() -> Path:
     """Where the library for this source, torch and processor lies or would lie."""
     digest = hashlib.sha256()
     for name in SOURCES:
@@ -71,14 +70,13 @@ def _build(library: Path) -> None:
     # Slow to import, and not needed where the library is there.
     from torch.utils import cpp_extension
 
-    library.parent.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(library.parent.parent / "build.lock"):
+    with cache_lock("build"):
         if library.exists():
             return
         _log.warning("Compiling the CPU kernel, once for this machine; it takes about a minute.")
         # at::parallel_for is OpenMP on Linux; the runtime is the one that torch has loaded.
         flags = [*FLAGS, "-fopenmp"] if sys.platform == "linux" else list(FLAGS)
-        with tempfile.TemporaryDirectory(dir=library.parent.parent) as folder, _scripts_on_path():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder, _scripts_on_path():
             cpp_extension.load(
                 NAME,
                 [str(Path(__file__).parent / "kernel.cpp")],
@@ -88,14 +86,6 @@ def _build(library: Path) -> None:
             )
             library.parent.mkdir(exist_ok=True)
             os.replace(Path(folder) / f"{NAME}.so", library)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        # Released by the system when a process ends in whatever way.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 // A slice is a range of stored neurons (rows of gate, up and down) with the tokens that use it: the
 // shared neurons with all of them, an expert with those that selected it. With few tokens reading
 // the rows is all that costs, so they are read once, row by row, for all tokens of the slice. With
-// more tokens the products are ATen's GEMMs on the slice, and only what lies between them is here.
-// Sums are float32 throughout. weaver/kernels/reference.py is the definition.
+// more tokens a slice is three products: in bfloat16 on AMX tiles (amx.h) where the processor has
+// them, else ATen's GEMMs, with what lies between them here. Sums over neurons are float32. weaver/kernels/reference.py is the definition.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -74,13 +74,14 @@ std::vector<float> floats(const Tensor& tensor) {
 }
 
 struct Ffn {
-  Tensor gate, up, down;               // (F', D)
+  Tensor gate, up, down;                // (F', D)
   optional<Tensor> gate_bias, up_bias;  // (F'), float32
   Activation activation;
 };
 
-// Tokens of a slice and the factor of its output for each; with `factors_per_expert` the factor of
-// neuron j is in column j / width of a (tokens, experts) matrix, after `shared` neurons of factor 1.
+// Tokens of a slice and the factor of its output for each. If `experts` is not 0, the slice is the
+// whole FFN: factors are (tokens, experts), the first `shared` neurons have factor 1, and neuron j
+// of the others that of expert (j - shared) / width.
 struct Users {
   const int64_t* tokens;  // nullptr: token i is i
   const float* factors;   // nullptr: 1

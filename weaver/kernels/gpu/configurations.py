@@ -13,6 +13,10 @@ import torch
 
 Backend = Literal["cuda", "hip"]
 
+# Up to so many tokens decode.py computes a forward. Above, tiles in which tokens share the weights
+# of an expert read less.
+DECODE_TOKENS = 4
+
 # Rows of a tile: a tile reads all weights of its expert, rows that are missing compute nothing.
 TILE_ROWS = {2: (16, 64, 128), 4: (16, 64)}
 

@@ -11,9 +11,6 @@ from weaver.kernels.gpu.experts import Experts
 from weaver.kernels.gpu.functions import activate
 from weaver.kernels.gpu.launch import launch
 
-# Above this, tiles that share an expert's weights between tokens read less.
-MAX_TOKENS = 4
-
 
 @triton.jit(do_not_specialize=["top_k"])
 def decode_hidden_kernel(

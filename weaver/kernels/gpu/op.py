@@ -10,7 +10,8 @@ from torch import Tensor
 
 from weaver.algorithms.glu import ACTIVATIONS
 from weaver.kernels.gpu.backward import Needs, routed_gradients
-from weaver.kernels.gpu.decode import MAX_TOKENS, decode_forward
+from weaver.kernels.gpu.configurations import DECODE_TOKENS
+from weaver.kernels.gpu.decode import decode_forward
 from weaver.kernels.gpu.experts import Experts
 from weaver.kernels.gpu.prefill import prefill_forward
 
@@ -126,7 +127,7 @@ def _routed(
         return x_TD.new_zeros(x_TD.shape)
     matrices, biases = (gate_RD, up_RD, down_RD), (gate_bias_R, up_bias_R, expert_bias_ED)
     experts = _experts(matrices, num_experts, activation, biases)
-    forward = decode_forward if x_TD.shape[0] <= MAX_TOKENS else prefill_forward
+    forward = decode_forward if x_TD.shape[0] <= DECODE_TOKENS else prefill_forward
     return forward(_rows(x_TD), experts, ids_TK.contiguous(), factors_TK.contiguous())
 
 
