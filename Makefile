@@ -40,7 +40,7 @@ bench-gpu: $(INSTALLED)
 	$(VENV)/bin/python scripts/bench_gpu.py --out runs/bench_gpu.json
 
 clean:
-	rm -rf runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf runs .cache build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -180,3 +180,18 @@ def test_a_dtype_that_it_does_not_compute(make_ffn: Any, make_routing: Any) -> N
     x_TD, weights = torch.zeros(2, 8).double(), make_ffn(8, 12)
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
         op.moe(x_TD, weights, make_routing(2, 2, 1), 4)
+
+
+@pytest.mark.parametrize("forward", [op.moe, op.masked])
+def test_matrices_that_it_cannot_read(make_ffn: Any, make_routing: Any, forward: Any) -> None:
+    weights, routing = make_ffn(64, 40, dtype=torch.float32), make_routing(3, 4, 2)
+    x_TD = torch.zeros(3, 64)
+    columns_apart = weights.down_FD.t().contiguous().t()
+    with pytest.raises(
+        RuntimeError, match=r"rows in one piece, not \[40, 64\] with strides \[1, 40\]"
+    ):
+        forward(x_TD, replace(weights, down_FD=columns_apart), routing, 8)
+    with pytest.raises(RuntimeError, match=r"rows in one piece, not \[39, 64\]"):
+        forward(x_TD, replace(weights, up_FD=weights.up_FD[1:]), routing, 8)
+    with pytest.raises(RuntimeError, match="one dtype, not BFloat16 and Float"):
+        forward(x_TD, replace(weights, up_FD=weights.up_FD.bfloat16()), routing, 8)

@@ -316,6 +316,21 @@ optional<Tensor> as_float(const optional<Tensor>& tensor) {
   return tensor ? optional<Tensor>(tensor->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
+// What the loops rely on: they read rows by pointer.
+Ffn checked(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
+            const optional<Tensor>& gate_bias, const optional<Tensor>& up_bias,
+            const std::string& activation) {
+  for (const Tensor* matrix : {&gate, &up, &down}) {
+    TORCH_CHECK(matrix->dim() == 2 && matrix->size(0) == gate.size(0) &&
+                    matrix->size(1) == x.size(1) && matrix->stride(1) == 1,
+                "weaver_cpu wants matrices (F', D) with rows in one piece, not ", matrix->sizes(),
+                " with strides ", matrix->strides(), " for inputs ", x.sizes());
+    TORCH_CHECK(matrix->scalar_type() == x.scalar_type(), "weaver_cpu wants weights and inputs of ",
+                "one dtype, not ", matrix->scalar_type(), " and ", x.scalar_type());
+  }
+  return {gate, up, down, as_float(gate_bias), as_float(up_bias), activation_of(activation)};
+}
+
 // The chosen experts only.
 //
 // tokens, experts (P) int64 and factors (P) float32: the selected pairs. shared: S. Rows of gate, up
@@ -327,7 +342,7 @@ Tensor moe(const Tensor& x_, const Tensor& gate, const Tensor& up, const Tensor&
            const Tensor& tokens_, const Tensor& experts_, const Tensor& factors_) {
   const Tensor x = x_.contiguous();
   const int64_t tokens = x.size(0), hidden = x.size(1), pairs = experts_.size(0);
-  const Ffn ffn{gate, up, down, as_float(gate_bias), as_float(up_bias), activation_of(activation)};
+  const Ffn ffn = checked(x, gate, up, down, gate_bias, up_bias, activation);
   const Tensor token = tokens_.contiguous(), expert = experts_.contiguous();
   const Tensor factor = factors_.to(at::kFloat).contiguous();
   Tensor y = at::zeros({tokens, hidden}, x.options().dtype(at::kFloat));
@@ -375,7 +390,7 @@ Tensor masked(const Tensor& x_, const Tensor& gate, const Tensor& up, const Tens
               const optional<Tensor>& output_bias, const optional<Tensor>& expert_bias,
               const std::string& activation, int64_t shared, const optional<Tensor>& factors_) {
   const Tensor x = x_.contiguous();
-  const Ffn ffn{gate, up, down, as_float(gate_bias), as_float(up_bias), activation_of(activation)};
+  const Ffn ffn = checked(x, gate, up, down, gate_bias, up_bias, activation);
   const optional<Tensor> factors = as_float(factors_);
   Tensor y = at::zeros({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
   float* out = y.mutable_data_ptr<float>();
