@@ -9,7 +9,7 @@ WEAVER := $(VENV)/bin/weaver
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: demo test quality results benchmarks bench-gpu clean
+.PHONY: demo test quality results benchmarks exports bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -34,6 +34,10 @@ results: $(INSTALLED) $(MODEL)/config.json
 # Times on this machine, one thread; run it alone.
 benchmarks: $(INSTALLED) $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/make_benchmarks.py
+
+# Every export target on the demo model and on a tiny model of every family.
+exports: $(INSTALLED) $(MODEL)/config.json
+	$(VENV)/bin/python scripts/make_exports.py
 
 # On a machine with a GPU: correctness, then timings; exits non-zero where either is impossible.
 bench-gpu: $(INSTALLED)

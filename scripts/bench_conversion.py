@@ -78,6 +78,7 @@ def convert(model: Path, layers: int, tokens: int, data: list[str], work: Path) 
     arguments = {
         "calibrate": [str(model), "--tokens", str(tokens), *data],
         "partition": ["--sparsity", "0.25"],
+        "assemble": ["--no-smoke-test"],
     }
     seconds = []
     for stage in STAGES:
@@ -145,7 +146,7 @@ HEADER = """# What a conversion costs
 Made by `scripts/bench_conversion.py`: weave with its defaults at 25% FFN sparsity on {model} and on
 copies of it with fewer layers; {dtype}, {cores} cores ({device}), torch {torch}. Seconds of wall
 time of each stage as its own process, start of Python included; peak memory is the largest of the
-four.
+four. The smoke test of assemble is left out: it loads whole models.
 """
 
 if __name__ == "__main__":

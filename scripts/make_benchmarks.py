@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from conversions import convert, weaver
 
 from weaver.artifacts.results import BenchResult
 from weaver.report.speeds import bench_columns, bench_title
@@ -22,13 +22,6 @@ SPARSITIES = (0.25, 0.5)
 # By number of slices: few experts selected by a threshold, many experts and top-k.
 METHODS = {8: "weave", 64: "expertweaver"}
 ONE_WARMUP = ("--set", "bench.warmup=1")
-CONVERT = ("partition", "build-router", "assemble")
-
-
-def weaver(*arguments: str) -> None:
-    """One command, as a user runs it."""
-    print("weaver", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "weaver", *arguments], check=True)
 
 
 def table(file: Path) -> str:
@@ -44,7 +37,7 @@ def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, ro
     file = runs / f"layer-{dtype}-{sparsity:g}-{experts}-{routing}.json"
     sizes = ["--hidden-size", str(HIDDEN), "--intermediate-size", str(NEURONS)]
     layout = ["--num-experts", str(experts), "--sparsity", str(sparsity), "--dtype", dtype]
-    how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "5"]
+    how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "11"]
     if not file.exists():
         weaver("bench", "--level", "layer", *sizes, *layout, *how, "--json", str(file), *ONE_WARMUP)
     return f"### {dtype}, {experts} slices, {sparsity:.0%}, {routing} routing\n\n{table(file)}"
@@ -52,16 +45,10 @@ def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, ro
 
 def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
     """Run directory of a conversion; all share one calibration."""
-    calibration = runs / "calibration"
-    weaver("calibrate", "--config", str(config), "--run-dir", str(calibration))
+    layout = (f"partition.num_experts={experts}", f"partition.sparsity={sparsity:g}")
+    method = f"partition.method={METHODS[experts]}"
     run_dir = runs / f"{experts}-{sparsity:g}"
-    layout = ["--num-experts", str(experts), "--sparsity", str(sparsity)]
-    layout += ["--method", METHODS[experts]]
-    source = ["--calibration", str(calibration / "calibrate")]
-    for stage in CONVERT:
-        more = [*layout, *source] if stage == "partition" else []
-        weaver(stage, "--config", str(config), "--run-dir", str(run_dir), *more)
-    return run_dir
+    return convert(run_dir, runs / "calibration", config, *layout, method)
 
 
 def model(run_dir: Path) -> str:

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from weaver.cli.app import app
+from weaver.export.registry import NAMES
 from weaver.methods.registry import METHODS
 from weaver.methods.routers import ROUTERS
 from weaver.models.families import FAMILIES
@@ -79,3 +80,7 @@ def test_there_are_commands_of_every_stage() -> None:
 def test_local_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_table_of_export_targets_is_the_registry() -> None:
+    assert [row[0] for row in table("`--to`")] == list(NAMES)

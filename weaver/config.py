@@ -2,7 +2,8 @@
 
 One YAML file describes a whole conversion; each section is one stage. A section's resolved values
 are part of the stage's fingerprint, so everything that changes a result stands here and nothing
-else does (progress bars, thread counts and the like are not configuration).
+else does (progress bars, thread counts and the like are not configuration). The one exception is
+``assemble.smoke_test``, which a run file has to be able to switch off.
 """
 
 from __future__ import annotations
@@ -78,10 +79,15 @@ class PartitionConfig(Section):
 
 
 class AssembleConfig(Section):
-    """How the converted model is written."""
+    """How the converted model is written.
+
+    ``smoke_test``: try it on a few hundred tokens afterwards. It is part of the file and not of the
+    fingerprint, since the model that is written is the same with and without.
+    """
 
     dtype: DtypeName = "auto"
     max_shard_size: str = "5GB"
+    smoke_test: bool = True
 
 
 class FinetuneConfig(Section):
@@ -121,6 +127,28 @@ class BenchConfig(Section):
     warmup: int = Field(2, ge=0)
     dtype: DtypeName = "auto"
     threads: int | None = Field(None, gt=0)
+
+
+class ExportConfig(Section):
+    """How a converted model is written for other runtimes. No target: the best that fits."""
+
+    target: str | None = None
+    approximate: bool = False
+    remote_code: bool = False
+    quantisation: Literal["f32", "f16", "bf16", "q8_0"] = "bf16"
+    dtype: DtypeName = "auto"
+    max_shard_size: str = "5GB"
+
+
+class VerifyConfig(Section):
+    """On what an export is compared with the model it was made from."""
+
+    data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
+    tokens: int = Field(4096, gt=1)
+    sequence_length: int = Field(512, gt=16)
+    new_tokens: int = Field(16, gt=0)
+    max_kl: float = Field(1e-3, gt=0)
+    dtype: DtypeName = "float32"
 
 
 class RunConfig(Section):

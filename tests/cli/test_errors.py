@@ -30,7 +30,7 @@ from weaver.errors import WeaverError
 
 COMMANDS = [
     *("calibrate", "partition", "build-router", "assemble"),
-    *("finetune", "eval", "bench", "run", "inspect"),
+    *("finetune", "generate", "eval", "bench", "run", "inspect"),
 ]
 CALIBRATE = ("--tokens", "512", "--sequence-length", "64")
 

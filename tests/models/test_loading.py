@@ -39,6 +39,13 @@ def test_a_dense_model(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) 
     )
 
 
+def test_auto_is_the_dtype_that_is_stored(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    save_tiny_model("llama", tmp_path, tiny_tokenizer, torch.bfloat16)
+    assert load_model(tmp_path, "auto").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -70,5 +77,6 @@ def test_a_truncated_model(folder: Path) -> None:
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
-    with pytest.raises(WeaverError, match="cannot be loaded"):
-        load_model(tmp_path, torch.float32)
+    with pytest.raises(WeaverError, match="cannot be loaded") as caught:
+        load_model(tmp_path, torch.float32, fix="name another one")
+    assert caught.value.fix == "name another one"

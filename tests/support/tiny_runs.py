@@ -36,6 +36,8 @@ from weaver.stages.runner import StageContext
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "calibrate": {"tokens": 512, "sequence_length": 64},
     "partition": {"method": "cmoe", "sparsity": 0.25, "num_experts": 8},
+    # It loads both models and writes text; the tests of the smoke test switch it on.
+    "assemble": {"smoke_test": False},
     "eval": {"sequence_length": 64, "windows": 4},
     "bench": {"tokens": [1], "decode_tokens": 0, "repeats": 1, "warmup": 0},
 }

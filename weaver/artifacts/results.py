@@ -1,4 +1,4 @@
-"""What ``eval`` and ``bench`` write: the models behind every ``results.json``."""
+"""What ``eval`` and ``bench`` write, behind every ``results.json``, and the smoke test's result."""
 
 from __future__ import annotations
 
@@ -169,6 +169,28 @@ class RouterReport(Record):
     half_tokens: tuple[int, int]
     mean: RouterScores
     layers: tuple[LayerRouterScores, ...] = Field(min_length=1)
+
+
+class SmokeResult(Record):
+    """What the smoke test at the end of ``assemble`` found; ``smoke_test`` in its summary.
+
+    Args:
+        tokens: positions of held-out text that predicted a token.
+        kl: mean KL(dense || converted) over them, nats per token; None if a logit is not finite.
+        not_finite, dense_not_finite: positions at which a logit of the converted, the dense model
+            is NaN or infinite.
+        repetition, dense_repetition: share of the 4-grams of greedy continuations that occurred
+            before in the same one, mean over the prompts.
+        degenerate: what is wrong, a sentence each; empty if nothing is.
+    """
+
+    tokens: int = Field(gt=0)
+    kl: float | None = Field(ge=0.0)
+    not_finite: int = Field(ge=0)
+    dense_not_finite: int = Field(ge=0)
+    repetition: Share
+    dense_repetition: Share
+    degenerate: tuple[str, ...]
 
 
 class EvalResult(Record):

@@ -17,10 +17,13 @@ from weaver.cli import (
     build_router,
     calibrate,
     evaluate,
+    export,
     finetune,
+    generate,
     inspect,
     partition,
     run,
+    verify,
 )
 from weaver.errors import WeaverError
 
@@ -103,8 +106,11 @@ for _module in (
     build_router,
     assemble,
     finetune,
+    generate,
     evaluate,
     bench,
+    export,
+    verify,
     run,
     inspect,
 ):

@@ -17,6 +17,13 @@ def assemble(
         str | None, typer.Option(help="auto (as the dense model), float32, bfloat16, float16.")
     ] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Such as 5GB or 500MB.")] = None,
+    smoke_test: Annotated[
+        bool | None,
+        typer.Option(
+            "--smoke-test/--no-smoke-test",
+            help="Compare it with the dense model on a few hundred tokens; default: yes.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -24,7 +31,7 @@ def assemble(
     dry_run: DryRun = False,
 ) -> None:
     """Write the converted model as a Hugging Face model folder."""
-    flags = {"dtype": dtype, "max_shard_size": max_shard_size}
+    flags = {"dtype": dtype, "max_shard_size": max_shard_size, "smoke_test": smoke_test}
     settings = load_section(AssembleConfig, "assemble", config, overrides or [], flags)
     from weaver.stages.assemble import assemble as stage
 

@@ -37,9 +37,19 @@ def make_context(
 
 
 def run_stage(
-    context: StageContext, stage: str, call: Callable[[StageContext], StageManifest]
+    context: StageContext,
+    stage: str,
+    call: Callable[[StageContext], StageManifest],
+    folder: Path | None = None,
 ) -> None:
-    """Run one stage under the run directory's lock and show what it made."""
+    """Run one stage under the run directory's lock and show what it made.
+
+    Args:
+        context: the run directory.
+        stage: its name.
+        call: runs it.
+        folder: the stage's folder, where it is not the one in the run directory.
+    """
     from weaver.stages.lock import locked
     from weaver.stages.runner import WouldRun
 
@@ -53,7 +63,7 @@ def run_stage(
         return
     with locked(context.run_dir):
         manifest = call(context)
-    show_manifest(console, stage, manifest, context.folder(stage))
+    show_manifest(console, stage, manifest, folder or context.folder(stage))
 
 
 def quiet_libraries() -> None:

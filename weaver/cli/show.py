@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 # Columns of a terminal that shows the whole table of a benchmark.
 WIDE_ENOUGH = 150
 
+# What to do about a conversion that the smoke test finds degenerate.
+_LESS = (
+    "convert again with a lower --sparsity, more calibration --tokens or --method weave; "
+    "weaver generate shows what a model writes, weaver eval measures it in full"
+)
+_FINITE = "weaver assemble with --dtype float32 and --force; weaver generate shows what it writes"
+
 
 def show_manifest(console: Console, stage: str, manifest: StageManifest, folder: Path) -> None:
     """One line about a finished stage, and the table of its summary."""
@@ -96,6 +103,60 @@ def _show_assemble(console: Console, summary: dict[str, Any]) -> None:
         f"{format_percent(summary['ffn_sparsity'])}, FFN FLOPs x"
         f"{summary['ffn_flops'] / summary['dense_ffn_flops']:.3f}"
     )
+    # Manifests of earlier versions have none.
+    if (tested := summary.get("smoke_test")) is not None:
+        _show_smoke_test(console, tested)
+
+
+def _show_smoke_test(console: Console, tested: dict[str, Any]) -> None:
+    if "skipped" in tested:
+        console.print(f"  smoke test skipped: {tested['skipped']}")
+        return
+    kl = "not finite" if tested["kl"] is None else format_number(tested["kl"])
+    console.print(
+        f"  smoke test: KL {kl} over {tested['tokens']} tokens, repetition "
+        f"{format_percent(tested['repetition'])} "
+        f"(dense {format_percent(tested['dense_repetition'])})"
+    )
+    if tested["degenerate"]:
+        fix = _FINITE if tested["kl"] is None else _LESS
+        console.print(
+            f"  [yellow]warning: degenerate: {'; '.join(tested['degenerate'])}[/yellow]\n"
+            f"    fix: {fix}"
+        )
+
+
+def _show_export(console: Console, summary: dict[str, Any]) -> None:
+    console.print(f"  {summary['target']}: {summary['reason']}", markup=False)
+    for line in summary["approximations"]:
+        console.print(f"  approximated: {line}", markup=False)
+    if "cost" in summary:
+        show_verification(console, "cost of the approximation", summary["cost"])
+
+
+def show_verification(console: Console, title: str, result: dict[str, Any]) -> None:
+    """What an export and its model have in common."""
+    forms: dict[str, tuple[str, Callable[[float], str]]] = {
+        "kl": ("KL to the model, nats/token", "{:.2e}".format),
+        "native_perplexity": ("perplexity of the model", format_number),
+        "export_perplexity": ("perplexity of the export", format_number),
+        "max_logprob_difference": ("largest difference of top-10 log-probabilities", format_number),
+        "mean_logprob_difference": ("their mean difference", format_number),
+        "top1_agreement": ("top-1 agreement", _share),
+        "topk_agreement": ("agreement of selected experts", _share),
+        "same_text": ("greedy text before the first difference", _share),
+    }
+    rows: list[tuple[str, object]] = [("run by", result["loaded_as"]), ("dtype", result["dtype"])]
+    rows.append(("tokens", result["tokens"]))
+    rows += [
+        (name, form(result[key])) for key, (name, form) in forms.items() if result[key] is not None
+    ]
+    console.print(console_table(title, ("", "export"), rows))
+
+
+def _share(value: float) -> str:
+    """More digits than a percentage usually has: exports are judged by the last ones."""
+    return f"{value:.3%}"
 
 
 def _show_finetune(console: Console, summary: dict[str, Any]) -> None:
@@ -176,6 +237,7 @@ _SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {
     "build-router": _show_router,
     "assemble": _show_assemble,
     "finetune": _show_finetune,
+    "export": _show_export,
     "eval": _show_eval,
     "bench": show_bench,
 }

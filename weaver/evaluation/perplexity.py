@@ -134,7 +134,7 @@ def compare(
             _log_probabilities(converted, ids_T, chunk),
             strict=True,
         ):
-            sums += torch.tensor(_chunk_sums(dense_NV, moe_NV, targets_N), dtype=torch.float64)
+            sums += torch.tensor(chunk_sums(dense_NV, moe_NV, targets_N), dtype=torch.float64)
         dense_nll, moe_nll, kl, top1 = (sums / (ids_T.numel() - 1)).tolist()
         require_usable(dense, dense_nll, f"window {window}")
         require_usable(converted, moe_nll, f"window {window}")
@@ -146,12 +146,27 @@ def compare(
     return Comparison(WindowLosses(dense_W, tokens), WindowLosses(moe_W, tokens), kl_W, top1_W)
 
 
-def _chunk_sums(
+def token_kl(dense_NV: Tensor, moe_NV: Tensor) -> Tensor:
+    """KL(dense || converted) at every position, in nats.
+
+    ``sum_v p_dense(v) * (ln p_dense(v) - ln p_moe(v))``
+
+    Args:
+        dense_NV: log-probabilities of the dense model, float32, (N, V).
+        moe_NV: those of the converted model, (N, V).
+
+    Returns:
+        float32, (N,).
+    """
+    return (dense_NV.exp() * (dense_NV - moe_NV)).sum(-1)
+
+
+def chunk_sums(
     dense_NV: Tensor, moe_NV: Tensor, targets_N: Tensor
 ) -> tuple[float, float, float, float]:
     """Sums over a chunk of log-probabilities: dense NLL, converted NLL, KL, top-1 hits."""
     moe_NV = moe_NV.to(dense_NV.device)
-    kl_N = (dense_NV.exp() * (dense_NV - moe_NV)).sum(-1)
+    kl_N = token_kl(dense_NV, moe_NV)
     agree_N = dense_NV.argmax(-1) == moe_NV.argmax(-1)
     return (
         _nll_sum(dense_NV, targets_N),

@@ -174,19 +174,7 @@ class Checkpoint:
         Raises:
             WeaverError: the folder holds none that transformers can load.
         """
-        try:
-            # Without any of them transformers makes up a tokenizer that knows no word.
-            if not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
-                raise ValueError(f"the folder holds none of {', '.join(_TOKENIZER_FILES)}")
-            return AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.model.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise WeaverError(
-                f"{self.folder}: no tokenizer",
-                why=str(error).splitlines()[0],
-                fix="copy tokenizer.json and tokenizer_config.json into the model's folder",
-            ) from error
+        return load_tokenizer(self.folder, trust_remote_code=self.model.trust_remote_code)
 
     def total_parameters(self) -> int:
         """Parameters of the dense model, a tied output head counted once."""
@@ -291,3 +279,22 @@ class Checkpoint:
         name = f"{self._ffn_prefix(layer)}{part}"
         bias = f"{name}.bias"
         return self.tensor(f"{name}.weight"), self.tensor(bias) if bias in self._files else None
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        WeaverError: the folder holds none that transformers can load.
+    """
+    try:
+        # Without any of them transformers makes up a tokenizer that knows no word.
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise ValueError(f"the folder holds none of {', '.join(_TOKENIZER_FILES)}")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WeaverError(
+            f"{folder}: no tokenizer",
+            why=str(error).splitlines()[0],
+            fix="copy tokenizer.json and tokenizer_config.json into the model's folder",
+        ) from error

@@ -1,27 +1,50 @@
-"""Converted models as Hugging Face models: one config and one class per family, registered.
+"""Converted models as Hugging Face models: a config, a backbone and a causal LM per family.
 
 ``import weaver`` runs ``register()``; afterwards ``AutoModelForCausalLM.from_pretrained`` loads a
-converted model. Each class is the family's own causal LM with the FFNs replaced, so attention,
-caches, ``generate``, padding, device maps and saving are transformers' own.
+converted model, and ``AutoModel`` its backbone. Each class is the family's own with the FFNs
+replaced, so attention, caches, ``generate``, padding, device maps and saving are transformers' own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from weaver.models.accounting import LayerShape
 from weaver.models.families import FAMILIES, Family, activation_name
 from weaver.models.moe import MoEFeedForward
 
 
+@dataclass(frozen=True)
+class ConvertedClasses:
+    """What transformers builds a converted model of one family from."""
+
+    config: type[PreTrainedConfig]
+    backbone: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+
+
 def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:
-    """Put a ``MoEFeedForward`` in place of every FFN, shaped as ``config.weaver`` says."""
+    """Put a ``MoEFeedForward`` in place of every FFN, shaped as ``config.weaver`` says.
+
+    Args:
+        model: a causal LM or its backbone.
+        family: names of its parts.
+        config: the converted model's.
+    """
     activation = activation_name(getattr(config, family.activation_field), model=config.model_type)
-    layers = model.get_submodule(family.layers)
+    path = family.layers.removeprefix(f"{model.base_model_prefix}.")
+    layers = model.base_model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     for layer, entry in zip(layers, config.weaver["layers"], strict=True):
         setattr(
@@ -33,31 +56,54 @@ def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfi
         )
 
 
-def _converted_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+def _converted_classes(family: Family) -> ConvertedClasses:
     dense_model: type[PreTrainedModel] = getattr(transformers, family.causal_lm)
     dense_config = dense_model.config_class
     assert dense_config is not None
+    dense_backbone: Any = transformers.MODEL_MAPPING[dense_config]
 
     class ConvertedConfig(dense_config):  # type: ignore[valid-type, misc]
         model_type = family.converted_model_type
         # The converted FFN has no gate_proj, up_proj or down_proj to shard by name.
         base_model_tp_plan = None
 
-    class ConvertedModel(dense_model):  # type: ignore[valid-type, misc]
-        config_class = ConvertedConfig
+        def __post_init__(self, **values: Any) -> None:
+            # These classes need no remote code and save none: the entry would point to no file.
+            values.pop("auto_map", None)
+            super().__post_init__(**values)
+
+    _publish(ConvertedConfig, dense_config)
+    return ConvertedClasses(
+        ConvertedConfig,
+        _converted_model(family, ConvertedConfig, dense_backbone),
+        _converted_model(family, ConvertedConfig, dense_model),
+    )
+
+
+def _converted_model(
+    family: Family, config: type[PreTrainedConfig], dense: type[PreTrainedModel]
+) -> type[PreTrainedModel]:
+    class ConvertedModel(dense):  # type: ignore[valid-type, misc]
+        config_class = config
+        # Graphs end at each FFN, see MoEFeedForward.forward.
+        _can_compile_fullgraph = False
 
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
             replace_ffns(self, family, config)
 
-    for cls, base in ((ConvertedConfig, dense_config), (ConvertedModel, dense_model)):
-        cls.__name__ = cls.__qualname__ = f"Weaver{base.__name__}"
-        cls.__module__ = __name__
-        globals()[cls.__name__] = cls
-    return ConvertedConfig, ConvertedModel
+    _publish(ConvertedModel, dense)
+    return ConvertedModel
 
 
-CONVERTED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+def _publish(cls: type, base: type) -> None:
+    """Name a class after its dense one and make it an attribute of this module."""
+    cls.__name__ = cls.__qualname__ = f"Weaver{base.__name__}"
+    cls.__module__ = __name__
+    globals()[cls.__name__] = cls
+
+
+CONVERTED: dict[str, ConvertedClasses] = {
     family.model_type: _converted_classes(family) for family in FAMILIES.values()
 }
 
@@ -66,16 +112,17 @@ def converted_config(
     dense: PreTrainedConfig, layers: list[LayerShape], recipe: dict[str, Any]
 ) -> PreTrainedConfig:
     """Config of the converted model: the dense one plus ``weaver: {layers, recipe}``."""
-    config_class, model_class = CONVERTED[dense.model_type]
+    classes = CONVERTED[dense.model_type]
     values = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "quantization_config"):
         values.pop(key, None)
     values["weaver"] = {"layers": [layer.to_dict() for layer in layers], "recipe": recipe}
-    return config_class(**values, architectures=[model_class.__name__])
+    return classes.config(**values, architectures=[classes.causal_lm.__name__])
 
 
 def register() -> None:
     """Register every converted family with transformers' Auto classes (may be called again)."""
-    for config_class, model_class in CONVERTED.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    for classes in CONVERTED.values():
+        AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
+        AutoModel.register(classes.config, classes.backbone, exist_ok=True)
+        AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -12,11 +12,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from weaver.errors import WeaverError
 from weaver.models.hf import register
 
+_RERUN = "rerun the stage that wrote it with --force"
+
 
 def load_model(
-    folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype | Literal["auto"],
+    *,
+    trust_remote_code: bool = False,
+    fix: str = _RERUN,
 ) -> PreTrainedModel:
     """Load a causal language model for inference.
+
+    Args:
+        folder: a Hugging Face model folder.
+        dtype: of the weights; ``auto`` as they are stored.
+        trust_remote_code: whether code in the folder may run.
+        fix: advice if the folder is damaged; by default that of a folder that weaver wrote.
 
     Raises:
         WeaverError: transformers cannot load it, or keys are missing or left over.
@@ -28,9 +40,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeaverError(
-            f"{folder}: cannot be loaded",
-            why=str(error).strip().splitlines()[0],
-            fix="rerun the stage that wrote it with --force",
+            f"{folder}: cannot be loaded", why=str(error).strip().splitlines()[0], fix=fix
         ) from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -43,7 +53,7 @@ def load_model(
         raise WeaverError(
             f"{folder}: weights do not fit the configuration: {problems}",
             why="every key of the checkpoint must belong to the model, and the other way round",
-            fix="rerun the stage that wrote it with --force",
+            fix=fix,
         )
     model.eval()
     return model

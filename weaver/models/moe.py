@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.kernels.backends import backend_for
+from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.ops import choose_path, layer_forward, moe_forward, route_tokens
 from weaver.kernels.reference import Routing
 from weaver.models.accounting import LayerShape
@@ -39,6 +41,10 @@ class MoERouter(nn.Module):
             up_weight_ED=self.up_weight,
             bias_E=self.bias,
         )
+
+    def forward(self) -> Router:
+        """``record`` as a call: what fetches weights where they are needed sees calls only."""
+        return self.record()
 
 
 class MoEFeedForward(nn.Module):
@@ -97,6 +103,11 @@ class MoEFeedForward(nn.Module):
         """K; for a threshold the mean number of experts that the router is set to."""
         return self.shape.num_experts_per_tok
 
+    @property
+    def experts(self) -> RoutedExperts | None:
+        """The routed experts alone, called as transformers calls experts; None if static."""
+        return None if self.router is None else RoutedExperts(self)
+
     def weights(self) -> GluWeights:
         """The permuted FFN."""
         return GluWeights(
@@ -113,8 +124,7 @@ class MoEFeedForward(nn.Module):
         """The experts of every token; None for a static layer."""
         if self.router is None:
             return None
-        record = self.router.record()
-        return route_tokens(x_TD, self.weights(), record, self.top_k, self.shape.selection)
+        return route_tokens(x_TD, self.weights(), self.router(), self.top_k, self.shape.selection)
 
     def path(self, x_TD: Tensor, routing: Routing) -> str:
         """Who computes the FFN of these tokens, and how: "native grouped", "torch masked", ..."""
@@ -123,6 +133,13 @@ class MoEFeedForward(nn.Module):
         return f"{backend} {choose_path(weights, routing, self.shape.num_shared_neurons, backend)}"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # The kernels are chosen by what they cost and one of them is compiled here: torch.compile
+        # takes what lies around them.
+        if torch.compiler.is_compiling():
+            return _outside_graphs(self, hidden_states)
+        return self._compute(hidden_states)
+
+    def _compute(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, shared = self.weights(), self.shape.num_shared_neurons
         if self.router is None:
@@ -130,7 +147,7 @@ class MoEFeedForward(nn.Module):
         y_TD = layer_forward(
             x_TD,
             weights,
-            self.router.record(),
+            self.router(),
             self.top_k,
             self.shape.selection,
             shared,
@@ -145,6 +162,50 @@ class MoEFeedForward(nn.Module):
             f"{s.moe_intermediate_size}, top_k={s.num_experts_per_tok}, router={s.router_kind}, "
             f"selection={s.selection}"
         )
+
+
+_outside_graphs: Callable[[MoEFeedForward, Tensor], Tensor] = torch.compiler.disable(
+    MoEFeedForward._compute
+)
+
+
+class RoutedExperts:
+    """The routed experts of a layer, with the interface that transformers' MoE models have.
+
+    ``y_t = sum_k w_tk (expert_e(x_t) + b_e)`` with ``e = i_tk``: without the router, the shared
+    expert and the output bias. It holds nothing: an expert is rows of the layer's matrices, so that
+    checkpoints need no names for it. A runtime that exchanges ``experts`` for fused experts of its
+    own (vLLM) looks for a ``ModuleList`` or three-dimensional parameters of one shape; it does not
+    find them here and runs the layer's own forward.
+    """
+
+    def __init__(self, layer: MoEFeedForward) -> None:
+        self._layer = layer
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs, in the shape of the inputs.
+
+        Args:
+            hidden_states: FFN inputs of T tokens, (..., D).
+            top_k_index: expert ids, no id twice for a token; E stands for none, (T, K).
+            top_k_weights: factors of the experts' outputs, (T, K).
+        """
+        layer, shape = self._layer, self._layer.shape
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens_P, slots_P = (top_k_index < shape.n_routed_experts).nonzero(as_tuple=True)
+        routing = Routing(
+            tokens_P,
+            top_k_index[tokens_P, slots_P].long(),
+            top_k_weights[tokens_P, slots_P].float(),
+            x_TD.shape[0],
+            shape.n_routed_experts,
+        )
+        routed = slice_neurons(
+            layer.weights(), shape.num_shared_neurons, shape.total_neurons, output_bias=False
+        )
+        return moe_forward(x_TD, routed, routing, 0, layer.expert_bias).view_as(hidden_states)
+
+    __call__ = forward
 
 
 def converted_shape(

@@ -65,6 +65,8 @@ class ModelCardFacts:
         license: identifier of the base model's licence, as the hub spells it; None if unknown.
         finetune_steps: training steps after the conversion.
         results: measured values by name, such as ``{"perplexity": "24.1 (dense 20.1)"}``.
+        loading: how to load it; by default as a model of weaver's own type.
+        notes: limitations of this copy of the model.
     """
 
     name: str
@@ -82,6 +84,8 @@ class ModelCardFacts:
     license: str | None = None
     finetune_steps: int = 0
     results: dict[str, str] = field(default_factory=dict)
+    loading: str | None = None
+    notes: Sequence[str] = ()
 
     @property
     def ffn_sparsity(self) -> float:
@@ -98,7 +102,7 @@ def model_card(facts: ModelCardFacts) -> str:
         f"# {facts.name}\n",
         _summary(facts),
         "## Loading\n",
-        _LOADING,
+        facts.loading or _LOADING,
         "## Layout\n",
         _layout(facts),
         *(["## Results\n", _results(facts)] if facts.results else []),
@@ -201,6 +205,7 @@ def _limitations(facts: ModelCardFacts) -> str:
         "Fewer active neurons are not always faster: measure with `weaver bench` on your machine.",
         "Bias and knowledge limits of the base model remain, and so does its licence.",
     ]
+    lines += facts.notes
     if facts.license is None:
         lines.append("The licence of the base model was not recorded; look it up before use.")
     return "".join(f"- {line}\n" for line in lines)

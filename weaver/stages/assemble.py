@@ -24,6 +24,7 @@ from weaver.stages.converted import account_of
 from weaver.stages.finished import parent
 from weaver.stages.parents import Partition, open_partition, read_compensation, read_router
 from weaver.stages.runner import StageContext, StageRun
+from weaver.stages.smoke import smoke_test
 
 STAGE = "assemble"
 
@@ -44,11 +45,11 @@ COMPANIONS = (
 
 
 def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
-    """Write config, weights in shards, tokenizer, generation config and model card.
+    """Write config, weights in shards, tokenizer, generation config and model card; then try it.
 
     Args:
         context: run directory, progress.
-        config: dtype and shard size.
+        config: dtype, shard size, smoke test.
 
     Raises:
         WeaverError: partition or build-router has not finished, or they do not belong together.
@@ -59,10 +60,13 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     checkpoint = partition.calibration.checkpoint
     dtype = checkpoint.resolve_dtype(config.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
+    # The smoke test leaves what is written alone: it is no part of the fingerprint, and whether a
+    # finished run has one does not matter when its configuration is compared.
+    written = config.model_dump(mode="json", exclude={"smoke_test"})
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config={**config.model_dump(mode="json"), "dtype": dtype_name},
+        config={**written, "dtype": dtype_name},
         inputs={"partition": partition.ref, "build-router": router_ref},
     )
     limit = parse_size(config.max_shard_size)
@@ -90,7 +94,10 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     with disk_errors(run.folder):
         _write_companions(run.folder, checkpoint, shapes, dtype_name, recipe)
     write_card(run.folder, account, recipe)
-    return run.finish(_summary(account, partition))
+    tested = (
+        smoke_test(context, run.folder, checkpoint, dtype, account) if config.smoke_test else None
+    )
+    return run.finish({**_summary(account, partition), "smoke_test": tested})
 
 
 def _shape(checkpoint: Checkpoint, routers: Path, layer: int, layout: ExpertLayout) -> LayerShape:

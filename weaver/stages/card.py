@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.report.model_card import LayerFacts, ModelCardFacts, model_card
 
 
-def write_card(folder: Path, account: ModelAccount, recipe: dict[str, Any]) -> None:
+def write_card(
+    folder: Path,
+    account: ModelAccount,
+    recipe: dict[str, Any],
+    *,
+    loading: str | None = None,
+    notes: Sequence[str] = (),
+) -> None:
     """Write ``README.md`` beside a converted model.
 
     Args:
@@ -20,6 +28,8 @@ def write_card(folder: Path, account: ModelAccount, recipe: dict[str, Any]) -> N
         account: sizes of the model, with the shape of every layer.
         recipe: the resolved configuration of every stage that made the model; the number of
             training steps stands in its section ``finetune``, if there is one.
+        loading: how to load it, where it is not of weaver's own type.
+        notes: limitations of this copy.
     """
     spec = get_method(recipe["partition"]["method"])
     path = recipe["model"]["path"]
@@ -38,6 +48,8 @@ def write_card(folder: Path, account: ModelAccount, recipe: dict[str, Any]) -> N
         recipe=recipe,
         weaver_version=versions().get("weaver-moe", "unknown"),
         finetune_steps=recipe.get("finetune", {}).get("steps", 0),
+        loading=loading,
+        notes=notes,
     )
     write_text(folder / "README.md", model_card(facts))
 

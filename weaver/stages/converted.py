@@ -14,9 +14,10 @@ from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import register
 from weaver.models.loading import load_model
+from weaver.models.writing import INDEX_FILE
 from weaver.stages.finished import parent
 from weaver.stages.parents import open_model
-from weaver.stages.runner import StageContext
+from weaver.stages.runner import REQUEST, StageContext
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,26 @@ def open_converted(context: StageContext, *, finetuned: bool = True) -> Converte
     Raises:
         WeaverError: neither has finished, or the dense model is gone.
     """
+    stage, folder, manifest, ref = _newest(context, finetuned=finetuned)
+    return ConvertedModel(folder, stage, manifest, ref, open_model(manifest.model))
+
+
+def converted_folder(run_dir: Path) -> Path:
+    """Folder of the model that ``open_converted`` opens; the dense one may be gone.
+
+    Raises:
+        WeaverError: the run has no finished model.
+    """
+    return _newest(StageContext(run_dir), finetuned=True)[1]
+
+
+def _newest(context: StageContext, *, finetuned: bool) -> tuple[str, Path, StageManifest, InputRef]:
     stage = "assemble"
     if finetuned and (context.folder("finetune") / MANIFEST).exists():
         stage = "finetune"
     manifest, ref = parent(context.folder(stage), stage)
     folder = context.folder(stage) / ("model" if stage == "finetune" else "")
-    return ConvertedModel(folder, stage, manifest, ref, open_model(manifest.model))
+    return stage, folder, manifest, ref
 
 
 def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount:
@@ -90,3 +105,19 @@ def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount
         dense_up_bias=biases.up,
         dense_output_bias=biases.output,
     )
+
+
+def companions(folder: Path) -> list[Path]:
+    """What lies beside a converted model's weights and belongs to it: tokenizer, generation config.
+
+    ``config.json`` and the model card, which say what the model is, are not among them.
+    """
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COMPANIONS
+    ]
+
+
+# The stage's own files, the index of the weights, and what every copy writes for itself.
+_NOT_COMPANIONS = (REQUEST, MANIFEST, INDEX_FILE, "config.json", "README.md")

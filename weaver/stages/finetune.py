@@ -17,7 +17,7 @@ from weaver.data.sources import parse_data_spec, read_documents
 from weaver.models.loading import load_model
 from weaver.models.writing import Part, parse_size, write_shards
 from weaver.stages.card import write_card
-from weaver.stages.converted import ConvertedModel, open_converted
+from weaver.stages.converted import ConvertedModel, companions, open_converted
 from weaver.stages.runner import StageContext, StageRun
 from weaver.training.checkpoint import remove_checkpoints
 from weaver.training.loop import TrainingReport
@@ -87,9 +87,8 @@ def _write_model(
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        for path in converted.folder.iterdir():
-            if path.suffix != ".safetensors" and path.name not in _OWN_FILES:
-                shutil.copyfile(path, folder / path.name)
+        for path in companions(converted.folder):
+            shutil.copyfile(path, folder / path.name)
     dtype: torch.dtype = getattr(torch, run.dtype)
     tied = set(model.all_tied_weights_keys)
     state = {k: v.detach().to(dtype) for k, v in model.state_dict().items() if k not in tied}
@@ -104,10 +103,6 @@ def _write_model(
 
 def _part(name: str, tensor: Tensor) -> Part:
     return Part({name: tensor.numel() * tensor.itemsize}, lambda: {name: tensor})
-
-
-# The assembled model's stage files and weight index are not part of the model itself.
-_OWN_FILES = ("stage.json", "manifest.json", "model.safetensors.index.json")
 
 
 def _summary(report: TrainingReport) -> dict[str, Any]:

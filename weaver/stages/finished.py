@@ -23,6 +23,8 @@ STAGE_FOLDERS: dict[str, str] = {
 
 def stage_command(stage: str, run_dir: Path) -> str:
     """The command that makes a stage, for error messages."""
+    if stage == "export":
+        return f"weaver export {run_dir}"
     name = "calibrate MODEL" if stage == "calibrate" else stage
     return f"weaver {name} --run-dir {run_dir}"
 

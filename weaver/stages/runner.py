@@ -88,8 +88,16 @@ class StageContext:
         return self.run_dir / STAGE_FOLDERS[stage]
 
 
-def decide(folder: Path, request: StageRequest, *, force: bool) -> Status:
+def decide(
+    folder: Path, request: StageRequest, *, force: bool, command: str | None = None
+) -> Status:
     """What a request would do, given what is on disk.
+
+    Args:
+        folder: the stage's folder.
+        request: what is asked for.
+        force: throw away what the folder holds.
+        command: what makes the stage, for messages; by default that of the folder's run directory.
 
     Raises:
         WeaverError: the folder holds another result (its configuration or its parents differ), or
@@ -98,7 +106,7 @@ def decide(folder: Path, request: StageRequest, *, force: bool) -> Status:
     found = _entries(folder)
     if not found:
         return "run"
-    command = stage_command(request.stage, folder.parent)
+    command = command or stage_command(request.stage, folder.parent)
     if REQUEST not in found and MANIFEST not in found:
         raise WeaverError(
             f"{folder}: holds files, but no {REQUEST}",
@@ -171,10 +179,17 @@ class StageRun:
         request: what is asked for.
         model: identity of the dense model.
         dtype: dtype of the computation, for the manifest.
+        folder: the stage's folder, where it is not the one in the run directory.
     """
 
     def __init__(
-        self, context: StageContext, request: StageRequest, model: ModelIdentity, dtype: str
+        self,
+        context: StageContext,
+        request: StageRequest,
+        model: ModelIdentity,
+        dtype: str,
+        *,
+        folder: Path | None = None,
     ) -> None:
         self.context = context
         self.request = request.model_copy(
@@ -182,10 +197,10 @@ class StageRun:
         )
         self.model = model
         self.dtype = dtype
-        self.folder = context.folder(request.stage)
+        self.folder = folder or context.folder(request.stage)
         self.started = time.monotonic()
         self.command = stage_command(request.stage, context.run_dir)
-        self.status = decide(self.folder, request, force=context.force)
+        self.status = decide(self.folder, request, force=context.force, command=self.command)
 
     def begin(self) -> None:
         """Make the folder and note what is being made in it.

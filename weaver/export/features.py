@@ -1,0 +1,164 @@
+"""What a converted FFN has that a stock one may not hold, and what can be put in its place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from weaver.algorithms.ridge import ridge_fit
+from weaver.artifacts.types import Router
+from weaver.export.base import Obstacle
+from weaver.kernels.reference import route, router_logits
+from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+
+# Of the regression that replaces a GLU router, see ``ridge_fit``.
+_PENALTY = 0.1
+_OWN = "--to weaver"
+_REBUILD = "rebuild the router: weaver build-router --router ridge"
+
+
+def ffn_obstacles(checkpoint: ConvertedCheckpoint, *, intercepts: bool) -> list[Obstacle]:
+    """What a target with linear top-k routers and experts without constants cannot hold.
+
+    Args:
+        checkpoint: the converted model.
+        intercepts: whether the target has a bias that only selects.
+    """
+    layers = [checkpoint.layer(layer) for layer in range(checkpoint.num_layers)]
+    routed = [layer for layer in layers if layer.router is not None]
+    if not routed:
+        return [
+            Obstacle(
+                "a static model: no layer has routed experts",
+                "the target is a Mixture-of-Experts model",
+                _OWN,
+            )
+        ]
+    found = []
+    if any(layer.shape.router_kind == "glu" for layer in layers):
+        found.append(
+            Obstacle(
+                "a GLU router",
+                "stock routers are one linear map",
+                _REBUILD if intercepts else _OWN,
+                "a linear router fitted to its scores" if intercepts else None,
+            )
+        )
+    if any(layer.shape.selection == "threshold" for layer in layers):
+        found.append(
+            Obstacle(
+                "selection by threshold",
+                "stock routers select the same number of experts for every token",
+                "split again: weaver partition --set partition.options.selection=top-k",
+                "exactly K experts for every token, K the mean that the threshold was set to",
+            )
+        )
+    if any(layer.expert_bias_ED is not None for layer in layers):
+        found.append(
+            Obstacle(
+                "constants that stand in for skipped experts",
+                "a stock expert adds no constant",
+                "build without them: weaver build-router --set router.constants=false",
+                "the experts without their constants",
+            )
+        )
+    elif any(layer.weights.output_bias_D is not None for layer in layers):
+        found.append(
+            Obstacle(
+                "a bias of the FFN's output", "stock experts have none", _OWN, "no output bias"
+            )
+        )
+    biased = any(layer.weights.gate_bias_F is not None for layer in layers)
+    if biased or any(layer.weights.up_bias_F is not None for layer in layers):
+        found.append(
+            Obstacle("biases of the gate or up projection", "stock experts have none", _OWN)
+        )
+    if any(_has_values(layer.router, "balance_bias_E") for layer in routed):
+        found.append(
+            Obstacle(
+                "balance biases, which add to probabilities",
+                "the target selects by logits",
+                _OWN,
+                "the biases divided by the probability of the last expert selected"
+                if intercepts
+                else None,
+            )
+        )
+    if any(_has_values(layer.router, "scale_E") for layer in routed):
+        found.append(
+            Obstacle(
+                "trained output factors 1 + softmax(s) * scale",
+                "the target sums experts with weight 1",
+                _OWN,
+                "each expert times its mean factor",
+            )
+        )
+    has_intercept = any(
+        layer.router is not None and layer.router.bias_E is not None for layer in layers
+    )
+    if has_intercept and not intercepts:
+        found.append(Obstacle("router intercepts", "the target's router has none", "--to glm4-moe"))
+    return found
+
+
+def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
+    """The nearest layer with a linear top-k router, factors of 1 and no constants.
+
+    GLU scores are fitted by ``sqrt(s) ~ x W^T + b`` (ridge regression). A balance bias ``c``, which
+    adds to probabilities, becomes ``c / p`` on the logits, with p the mean probability of the K-th
+    expert (``ds = dp / p``). An expert's trained factors become their mean over the tokens that
+    select it, in its rows of the down projection.
+
+    Args:
+        layer: a converted FFN.
+        x_TD: FFN inputs of the calibration text, (T, D).
+    """
+    router, shape = layer.router, layer.shape
+    bare = replace(layer.weights, output_bias_D=None)
+    if router is None:
+        return replace(layer, weights=bare)
+    x_TD, activation = x_TD.float(), layer.weights.activation
+    routing = route(x_TD, router, activation, shape.num_experts_per_tok, shape.selection)
+    sums_E = torch.zeros(shape.n_routed_experts).index_add_(
+        0, routing.experts_P, routing.weights_P.float()
+    )
+    factors_E = torch.where(
+        routing.counts_E() > 0, sums_E / routing.counts_E().clamp_min(1), torch.ones(())
+    )
+    scores_TE = router_logits(x_TD, router, activation)
+    weight_ED, bias_E = router.weight_ED.float(), router.bias_E
+    if router.kind == "glu":
+        weight_ED, bias_E = ridge_fit(x_TD, scores_TE.sqrt(), _PENALTY)
+    elif _has_values(router, "balance_bias_E"):
+        added_E = router.balance_bias_E.float()
+        if shape.selection == "top-k":
+            top_TK = scores_TE.softmax(-1).topk(shape.num_experts_per_tok).values
+            added_E = added_E / top_TK[:, -1].mean()
+        bias_E = added_E if bias_E is None else bias_E.float() + added_E
+    zeros_E = torch.zeros(shape.n_routed_experts)
+    linear = Router("linear", weight_ED, zeros_E, zeros_E, bias_E=bias_E)
+    plain = replace(
+        shape,
+        router_kind="linear",
+        router_bias=bias_E is not None,
+        selection="top-k",
+        expert_bias=False,
+        output_bias=False,
+    )
+    return ConvertedLayer(plain, replace(bare, down_FD=_scaled(layer, factors_E)), linear)
+
+
+def _scaled(layer: ConvertedLayer, factors_E: Tensor) -> Tensor:
+    """The down projection with every expert's rows times its factor."""
+    if bool((factors_E == 1).all()):
+        return layer.weights.down_FD
+    down_FD, shape = layer.weights.down_FD.clone(), layer.shape
+    factors_F = factors_E.repeat_interleave(shape.moe_intermediate_size)[:, None]
+    down_FD[shape.num_shared_neurons :] *= factors_F.to(down_FD.dtype)
+    return down_FD
+
+
+def _has_values(router: Router | None, name: str) -> bool:
+    return router is not None and bool(getattr(router, name).any())

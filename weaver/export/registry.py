@@ -1,0 +1,55 @@
+"""The table of stock targets, best first, and the choice among them."""
+
+from __future__ import annotations
+
+from weaver.errors import WeaverError
+from weaver.export import glm4_moe, granite_moe_shared
+from weaver.export.base import Obstacle, Target
+from weaver.models.converted import ConvertedCheckpoint
+
+# Granite's sum is exact bit for bit, but it holds less and fewer runtimes have it.
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (glm4_moe.TARGET, granite_moe_shared.TARGET)
+}
+OWN = "weaver"
+GGUF = "gguf"
+# What ``--to`` takes. GGUF is glm4_moe in another container.
+NAMES = (*TARGETS, GGUF, OWN)
+
+
+def stock_target(name: str) -> Target:
+    """The architecture of a target: that of GGUF is ``glm4_moe``."""
+    return TARGETS["glm4-moe" if name == GGUF else name]
+
+
+def choose(checkpoint: ConvertedCheckpoint) -> tuple[str, str]:
+    """The best target that holds a model exactly, and why.
+
+    Returns:
+        Name of the target and the reason, one sentence.
+    """
+    reasons: list[str] = []
+    for name, target in TARGETS.items():
+        found = target.obstacles(checkpoint)
+        if not found:
+            before = f"; {'; '.join(reasons)}" if reasons else ""
+            return name, f"{name} holds the model exactly and runs without weaver{before}"
+        reasons.append(f"{name} cannot hold {found[0].what} ({found[0].why})")
+    return OWN, f"{'; '.join(reasons)}: weaver's own type holds everything"
+
+
+def check(name: str, found: list[Obstacle], *, approximate: bool) -> list[str]:
+    """What is approximated.
+
+    Raises:
+        WeaverError: something cannot be held, and is not approximated or nothing comes close.
+    """
+    hard = [obstacle for obstacle in found if obstacle.approximation is None]
+    if hard or (found and not approximate):
+        first = (hard or found)[0]
+        more = "" if len(found) == 1 else f" (and {len(found) - 1} more)"
+        soft = "" if hard else "; or --approximate, which measures what it costs"
+        raise WeaverError(
+            f"{name} cannot hold {first.what}{more}", why=first.why, fix=f"{first.fix}{soft}"
+        )
+    return [f"{obstacle.what}: {obstacle.approximation}" for obstacle in found]

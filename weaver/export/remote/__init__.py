@@ -1,0 +1,1 @@
+"""Code that travels with a model folder and runs without weaver."""

@@ -1,0 +1,137 @@
+"""A converted model on disk, read layer by layer: what exports are made from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.types import Router
+from weaver.models.accounting import LayerShape
+from weaver.models.families import FAMILIES, Family, activation_name
+from weaver.models.hf import register
+from weaver.models.locate import weight_files
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One converted FFN, see ``weaver.models.moe.MoEFeedForward``.
+
+    Args:
+        shape: S, E, N, K and which biases there are.
+        weights: the permuted FFN: S shared neurons, then N per expert.
+        router: None for a static layer.
+        expert_bias_ED: constants of the experts, (E, D), or None.
+    """
+
+    shape: LayerShape
+    weights: GluWeights
+    router: Router | None
+    expert_bias_ED: Tensor | None = None
+
+
+class ConvertedCheckpoint:
+    """A folder with a model of weaver's own type.
+
+    Args:
+        folder: as ``assemble`` or ``finetune`` wrote it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        register()
+        self.folder = folder
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        self.family: Family = FAMILIES[self.config.model_type.removeprefix("weaver_")]
+        self.shapes = [LayerShape(**entry) for entry in self.config.weaver["layers"]]
+        self._files = dict(self._entries())
+
+    @property
+    def activation(self) -> str:
+        """weaver's name of the GLU's activation."""
+        hf_name = getattr(self.config, self.family.activation_field)
+        return activation_name(hf_name, model=str(self.folder))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.shapes)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are stored in."""
+        return self.tensor(f"{self._ffn_prefix(0)}gate_weight").dtype
+
+    def names(self) -> list[str]:
+        """Every tensor of the checkpoint."""
+        return sorted(self._files)
+
+    def outer_names(self) -> list[str]:
+        """Tensors outside the decoder layers."""
+        return [name for name in self.names() if not name.startswith(f"{self.family.layers}.")]
+
+    def layer_names(self, layer: int) -> list[str]:
+        """Tensors of a decoder layer outside its FFN."""
+        prefix = f"{self.family.layers}.{layer}."
+        return [
+            name
+            for name in self.names()
+            if name.startswith(prefix) and not name.startswith(self._ffn_prefix(layer))
+        ]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+
+    def elements(self, name: str) -> int:
+        """Number of values of a tensor, without reading it."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            return math.prod(handle.get_slice(name).get_shape())
+
+    def layer(self, layer: int) -> ConvertedLayer:
+        """The FFN of one layer, in the dtype it is stored in."""
+        prefix = self._ffn_prefix(layer)
+        state = {
+            name.removeprefix(prefix): self.tensor(name)
+            for name in self.names()
+            if name.startswith(prefix)
+        }
+        weights = GluWeights(
+            gate_FD=state["gate_weight"],
+            up_FD=state["up_weight"],
+            down_FD=state["down_weight"],
+            activation=self.activation,
+            gate_bias_F=state.get("gate_bias"),
+            up_bias_F=state.get("up_bias"),
+            output_bias_D=state.get("output_bias"),
+        )
+        shape = self.shapes[layer]
+        router = None
+        if shape.router_kind is not None:
+            router = Router(
+                kind=shape.router_kind,
+                weight_ED=state["router.weight"],
+                scale_E=state["router.scale"],
+                balance_bias_E=state["router.balance_bias"],
+                up_weight_ED=state.get("router.up_weight"),
+                bias_E=state.get("router.bias"),
+            )
+        return ConvertedLayer(shape, weights, router, state.get("expert_bias"))
+
+    def _ffn_prefix(self, layer: int) -> str:
+        return f"{self.family.layers}.{layer}.{self.family.ffn}."
+
+    def _entries(self) -> list[tuple[str, Path]]:
+        entries = []
+        for path in weight_files(self.folder):
+            with safe_open(path, framework="pt") as handle:
+                names = handle.keys()
+            entries += [(name, path) for name in names]
+        return entries

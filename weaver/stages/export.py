@@ -1,0 +1,236 @@
+"""``export``: write the converted model for runtimes that know nothing of weaver."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weaver.artifacts.manifest import StageManifest, StageRequest
+from weaver.artifacts.store import disk_errors, write_json
+from weaver.config import ExportConfig, VerifyConfig
+from weaver.errors import WeaverError
+from weaver.export.attention import save_config
+from weaver.export.base import Source, StockModel
+from weaver.export.features import approximated
+from weaver.export.gguf import write_gguf
+from weaver.export.registry import GGUF, NAMES, OWN, check, choose, stock_target
+from weaver.export.remote_code import add_remote_code
+from weaver.models.checkpoint import DTYPES
+from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+from weaver.models.writing import Part, parse_size, plan_shards, write_shards
+from weaver.report.loading import gguf_loading, remote_code_loading, stock_loading
+from weaver.stages.card import write_card
+from weaver.stages.converted import ConvertedModel, companions, open_converted
+from weaver.stages.parents import open_partition
+from weaver.stages.runner import StageContext, StageRun
+from weaver.stages.verify import RECORD, verify
+
+STAGE = "export"
+# On what the cost of approximations is measured.
+COST = VerifyConfig(tokens=1024)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What is exported, in which form, and where to.
+
+    Args:
+        converted: the run's model.
+        checkpoint: the same, to be read layer by layer.
+        target: name of the target.
+        reason: why this one.
+        approximations: what stands for what the target cannot hold.
+        folder: the folder to make.
+        config: the options.
+    """
+
+    converted: ConvertedModel
+    checkpoint: ConvertedCheckpoint
+    target: str
+    reason: str
+    approximations: list[str]
+    folder: Path
+    config: ExportConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the exported weights."""
+        named = self.config.dtype
+        return self.checkpoint.dtype if named == "auto" else DTYPES[named]
+
+    @property
+    def file(self) -> str:
+        """Name of the file of a GGUF export."""
+        return f"model-{self.config.quantisation}.gguf"
+
+
+def plan_export(context: StageContext, config: ExportConfig, out: Path | None = None) -> ExportPlan:
+    """Choose the target and see whether it holds the run's model, fine-tuned if it was.
+
+    Args:
+        context: the run directory.
+        config: target, dtype, what may be approximated.
+        out: the folder to make; ``export-TARGET`` in the run directory when left out.
+
+    Raises:
+        WeaverError: no finished conversion; no such target; the target cannot hold the model; or an
+            option does nothing for the target.
+    """
+    converted = open_converted(context)
+    checkpoint = ConvertedCheckpoint(converted.folder)
+    target, reason = (config.target, "as asked") if config.target else choose(checkpoint)
+    _check_options(target, config)
+    found = [] if target == OWN else stock_target(target).obstacles(checkpoint)
+    approximations = check(target, found, approximate=config.approximate)
+    folder = out or context.run_dir / f"{STAGE}-{target}"
+    return ExportPlan(converted, checkpoint, target, reason, approximations, folder, config)
+
+
+def export(context: StageContext, plan: ExportPlan) -> StageManifest:
+    """Write the model in the form of the target; measure what approximations cost.
+
+    Args:
+        context: run directory, progress.
+        plan: what ``plan_export`` made for it.
+
+    Raises:
+        WeaverError: the folder holds something else; or the model does not fit the file format.
+    """
+    dtype = str(plan.dtype).removeprefix("torch.")
+    request = StageRequest(
+        stage=STAGE,
+        seed=context.seed,
+        config={**plan.config.model_dump(mode="json"), "target": plan.target, "dtype": dtype},
+        inputs={plan.converted.stage: plan.converted.ref},
+    )
+    model = plan.converted.manifest.model
+    run = StageRun(context, request, model, dtype, folder=plan.folder)
+    if run.status == "skip":
+        return run.skipped()
+    run.begin()
+    if plan.target == OWN:
+        loading, facts = _write_own(context, plan)
+    else:
+        partition = open_partition(context.folder("partition"))
+        source = _source(plan, lambda layer: partition.profile(layer).ffn_inputs_ND)
+        loading, facts = _write_stock(context, plan, stock_target(plan.target).build(source))
+    summary = {
+        "target": plan.target,
+        "reason": plan.reason,
+        "approximations": plan.approximations,
+        **facts,
+    }
+    write_json(plan.folder / RECORD, summary)
+    notes = [f"This export approximates {line}." for line in plan.approximations]
+    recipe = plan.checkpoint.config.weaver["recipe"]
+    write_card(plan.folder, plan.converted.account(), recipe, loading=loading, notes=notes)
+    if plan.approximations:
+        cost = verify(context, plan.folder, COST, finished=False)
+        summary["cost"] = cost.model_dump(mode="json")
+    summary.pop("experts", None)
+    return run.finish(summary)
+
+
+def _check_options(target: str, config: ExportConfig) -> None:
+    """The target exists, and no option would do nothing."""
+    if target not in NAMES:
+        raise WeaverError(
+            f"no target is called {target!r}",
+            why=f"known are {', '.join(NAMES)}",
+            fix="leave --to out: the best target that fits is then chosen",
+        )
+    if config.remote_code and target != OWN:
+        raise WeaverError(
+            f"--remote-code does nothing for {target}",
+            why="a stock architecture needs no code beside it",
+            fix=f"leave it out, or --to {OWN}",
+        )
+    if config.quantisation != "bf16" and target != GGUF:
+        raise WeaverError(
+            f"--quantisation {config.quantisation} does nothing for {target}",
+            why="it says how the tensors of a GGUF file are stored",
+            fix=f"--to {GGUF}, or --dtype",
+        )
+    if target == GGUF and config.dtype != "auto":
+        raise WeaverError(
+            f"--dtype {config.dtype} does nothing for {GGUF}",
+            why="the tensors of a GGUF file are stored as --quantisation says",
+            fix="--quantisation f16",
+        )
+
+
+def _write_own(context: StageContext, plan: ExportPlan) -> tuple[str | None, dict[str, Any]]:
+    """weaver's own type: the same tensors, ready for the hub. How to load it, and no facts."""
+    checkpoint = plan.checkpoint
+    groups = [checkpoint.outer_names()]
+    prefixes = [f"{checkpoint.family.layers}.{i}." for i in range(checkpoint.num_layers)]
+    groups += [[n for n in checkpoint.names() if n.startswith(prefix)] for prefix in prefixes]
+    _write_weights(context, plan, [_copied(checkpoint, names, plan.dtype) for names in groups])
+    checkpoint.config.dtype = plan.dtype
+    _write_companions(plan, checkpoint.config.save_pretrained)
+    if not plan.config.remote_code:
+        return None, {}
+    add_remote_code(plan.folder)
+    return remote_code_loading(), {}
+
+
+def _copied(checkpoint: ConvertedCheckpoint, names: list[str], dtype: torch.dtype) -> Part:
+    sizes = {name: checkpoint.elements(name) * dtype.itemsize for name in names}
+    return Part(sizes, lambda: {name: checkpoint.tensor(name).to(dtype) for name in names})
+
+
+def _write_stock(
+    context: StageContext, plan: ExportPlan, stock: StockModel
+) -> tuple[str, dict[str, Any]]:
+    """A stock architecture as safetensors or as GGUF. How to load it, and what was chosen."""
+    facts = {
+        "model_type": stock.config.model_type,
+        "router_module": stock.router_module,
+        "experts": [list(layer) for layer in stock.experts],
+        **stock.facts,
+    }
+    if plan.target != GGUF:
+        _write_weights(context, plan, stock.parts)
+        _write_companions(plan, partial(save_config, stock.config))
+        return stock_loading(stock.config.model_type), facts
+    with context.progress(STAGE, len(stock.parts)) as advance:
+        write_gguf(
+            plan.folder / plan.file,
+            stock.config,
+            stock.parts,
+            plan.converted.folder,
+            quantisation=plan.config.quantisation,
+            name=Path(plan.converted.manifest.model.path).name,
+            on_part=advance,
+        )
+    return gguf_loading(plan.file), facts
+
+
+def _source(plan: ExportPlan, inputs: Callable[[int], Tensor]) -> Source:
+    # A target asks for a layer several times; one at a time is in memory.
+    @lru_cache(maxsize=1)
+    def layer(index: int) -> ConvertedLayer:
+        converted = plan.checkpoint.layer(index)
+        return approximated(converted, inputs(index)) if plan.approximations else converted
+
+    return Source(plan.checkpoint, inputs, layer, plan.dtype)
+
+
+def _write_weights(context: StageContext, plan: ExportPlan, parts: Sequence[Part]) -> None:
+    limit = parse_size(plan.config.max_shard_size)
+    with context.progress(STAGE, len(plan_shards(parts, limit))) as advance:
+        write_shards(plan.folder, parts, limit, advance)
+
+
+def _write_companions(plan: ExportPlan, write_config: Callable[[Path], None]) -> None:
+    with disk_errors(plan.folder):
+        for path in companions(plan.converted.folder):
+            shutil.copyfile(path, plan.folder / path.name)
+        write_config(plan.folder)

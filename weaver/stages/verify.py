@@ -1,0 +1,242 @@
+"""``verify``: does an export compute what the model it was made from computes?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from weaver.artifacts.manifest import MANIFEST, read_manifest
+from weaver.artifacts.store import read_json
+from weaver.artifacts.verification import Verification
+from weaver.config import VerifyConfig
+from weaver.data.packing import windows
+from weaver.data.sources import parse_data_spec, read_documents
+from weaver.errors import WeaverError
+from weaver.evaluation.logits import chunked_logits
+from weaver.evaluation.perplexity import chunk_sums
+from weaver.export import llamacpp
+from weaver.export.fresh import FreshModel, fresh_model
+from weaver.models.checkpoint import DTYPES
+from weaver.models.moe import MoEFeedForward
+from weaver.stages.converted import ConvertedModel, open_converted
+from weaver.stages.runner import StageContext
+
+RECORD = "weaver_export.json"
+# Prompts that both models continue, and their length in tokens.
+PROMPTS, PROMPT_TOKENS = 2, 16
+# llama.cpp is asked for the ten most likely tokens behind so many prefixes of a window.
+PREFIXES, TOP = 24, 10
+
+
+def verify(
+    context: StageContext, export: Path, config: VerifyConfig, *, finished: bool = True
+) -> Verification:
+    """Compare an export with the run's converted model, in a process without weaver.
+
+    Args:
+        context: the run directory that the export was made from.
+        export: an exported folder.
+        config: text, number of tokens, dtype.
+        finished: require the export's manifest; ``export`` itself measures before it writes one.
+
+    Raises:
+        WeaverError: the folder is no export of this run's model, or does not run without weaver.
+    """
+    converted = open_converted(context)
+    if finished:
+        _check_same_source(export, converted)
+    record = read_json(export / RECORD, rebuild=f"weaver export {context.run_dir} --force")
+    windows_WT = _windows(context, config, converted)
+    native = converted.load(config.dtype)
+    if record["target"] == "gguf":
+        return _verify_gguf(export, native, windows_WT, config)
+    remote_code = record["target"] == "weaver"
+    if remote_code and not (export / "modeling_weaver.py").exists():
+        raise WeaverError(
+            f"{export}: weaver's own type, without its code",
+            why="in a process without weaver nothing could load it",
+            fix=f"weaver export {context.run_dir} --to weaver --remote-code --force",
+        )
+    dtype = DTYPES[config.dtype] if config.dtype != "auto" else native.dtype
+    prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
+    router = str(record.get("router_module", ""))
+    with fresh_model(
+        export, windows_WT, prompts_PT, dtype=dtype, router=router, remote_code=remote_code
+    ) as fresh:
+        totals = _Totals()
+        with context.progress("verify", windows_WT.shape[0]) as advance:
+            for index, ids_T in enumerate(windows_WT):
+                _compare(native, fresh, index, ids_T, record.get("experts", []), totals)
+                advance(f"window {index + 1}")
+        same = _same_text(native, prompts_PT, fresh.generate(config.new_tokens), config.new_tokens)
+        return totals.result(record["target"], fresh.name, str(dtype).removeprefix("torch."), same)
+
+
+@dataclass
+class _Totals:
+    """Sums over windows: native NLL, the export's NLL, KL, top-1 hits; pairs of experts."""
+
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    tokens: int = 0
+    pairs: int = 0
+    agreeing: int = 0
+
+    def result(self, target: str, name: str, dtype: str, same_text: float) -> Verification:
+        native, exported, kl, top1 = (self.sums / self.tokens).tolist()
+        return Verification(
+            target=target,
+            loaded_as=name,
+            dtype=dtype,
+            tokens=self.tokens,
+            kl=kl,
+            native_perplexity=math.exp(native),
+            export_perplexity=math.exp(exported),
+            top1_agreement=top1,
+            topk_agreement=self.agreeing / self.pairs if self.pairs else None,
+            same_text=same_text,
+        )
+
+
+def _compare(
+    native: PreTrainedModel,
+    fresh: FreshModel,
+    index: int,
+    ids_T: Tensor,
+    experts: Sequence[Sequence[int]],
+    totals: _Totals,
+) -> None:
+    """Add one window to the totals."""
+    logits_TV, selected = fresh.window(index)
+    start = 0
+    with _native_selection(native) as expected:
+        for logits_NV in chunked_logits(native, ids_T):
+            targets_N = ids_T[start + 1 : start + 1 + logits_NV.shape[0]]
+            pair = (logits_NV[: targets_N.numel()], logits_TV[start : start + targets_N.numel()])
+            start += logits_NV.shape[0]
+            # In float64: the distance of exact exports is below float32's rounding.
+            log_p_NV, log_q_NV = (x_NV.double().log_softmax(-1) for x_NV in pair)
+            totals.sums += torch.tensor(chunk_sums(log_p_NV, log_q_NV, targets_N)).double()
+    totals.tokens += ids_T.numel() - 1
+    if not experts:
+        return
+    for ids_TK, names, expected_TE in zip(selected, experts, expected, strict=True):
+        chosen_TE = _chosen(ids_TK, torch.tensor(names), expected_TE.shape[1])
+        totals.pairs += int(expected_TE.sum())
+        totals.agreeing += int((expected_TE & chosen_TE).sum())
+
+
+def _chosen(ids_TK: Tensor, experts_S: Tensor, num_experts: int) -> Tensor:
+    """Which of the converted model's experts the stock model selected, bool, (T, E)."""
+    native_TK = experts_S[ids_TK]
+    # Experts that stand for none of the model's are noted in a column of their own.
+    columns_TK = torch.where(native_TK >= 0, native_TK, num_experts)
+    chosen_TE = torch.zeros(ids_TK.shape[0], num_experts + 1, dtype=torch.bool)
+    return chosen_TE.scatter_(1, columns_TK, True)[:, :num_experts]
+
+
+@contextmanager
+def _native_selection(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects which experts every routed layer selects, bool, (T, E)."""
+    found: list[Tensor] = []
+
+    def note(module: MoEFeedForward, arguments: tuple[Tensor]) -> None:
+        routing = module.routing(arguments[0].reshape(-1, arguments[0].shape[-1]))
+        if routing is None:
+            found.append(torch.zeros(arguments[0].shape[-2], 0, dtype=torch.bool))
+        else:
+            found.append(routing.selected_TE())
+
+    layers = [module for module in model.modules() if isinstance(module, MoEFeedForward)]
+    hooks: list[Any] = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _same_text(
+    native: PreTrainedModel, prompts_PT: Tensor, texts: list[list[int]], count: int
+) -> float:
+    """Share of new tokens before the first one that differs, over all prompts."""
+    same = total = 0
+    for prompt_T, text in zip(prompts_PT, texts, strict=True):
+        output: Any = native.generate(prompt_T[None], max_new_tokens=count, do_sample=False)  # type: ignore[operator]
+        expected = output[0].tolist()[prompt_T.numel() :]
+        found = text[prompt_T.numel() :]
+        differs = [a != b for a, b in zip(expected, found, strict=False)]
+        same += differs.index(True) if True in differs else len(differs)
+        total += len(expected)
+    return same / max(total, 1)
+
+
+def _verify_gguf(
+    export: Path, native: PreTrainedModel, windows_WT: Tensor, config: VerifyConfig
+) -> Verification:
+    """Log-probabilities behind prefixes of a window, by llama.cpp and by the native model."""
+    (file,) = sorted(export.glob("*.gguf"))
+    window_T = windows_WT[0]
+    step = max(1, (window_T.numel() - 1) // PREFIXES)
+    ends = range(step, window_T.numel(), step)
+    prefixes = [window_T[:end].tolist() for end in ends]
+    expected_TV = torch.cat(list(chunked_logits(native, window_T))).log_softmax(-1)
+    differences, hits = [], 0
+    for end, found in zip(ends, llamacpp.top_logprobs(file, prefixes, 2 * TOP), strict=True):
+        top = expected_TV[end - 1].topk(TOP)
+        hits += max(found, key=lambda token: found[token]) == int(top.indices[0])
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        differences += [abs(value - found[token]) for token, value in pairs if token in found]
+    prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
+    texts = [
+        [*prompt, *llamacpp.greedy(file, prompt, config.new_tokens)]
+        for prompt in prompts_PT.tolist()
+    ]
+    return Verification(
+        target="gguf",
+        loaded_as="llama.cpp",
+        dtype=file.stem.removeprefix("model-"),
+        tokens=len(prefixes),
+        top1_agreement=hits / len(prefixes),
+        same_text=_same_text(native, prompts_PT, texts, config.new_tokens),
+        max_logprob_difference=max(differences),
+        mean_logprob_difference=sum(differences) / len(differences),
+    )
+
+
+def _windows(context: StageContext, config: VerifyConfig, converted: ConvertedModel) -> Tensor:
+    documents = [
+        document
+        for text in config.data
+        for document in read_documents(parse_data_spec(text).location, context.data_dir)
+    ]
+    count = -(-config.tokens // config.sequence_length)
+    tokenizer = converted.dense.tokenizer()
+    return windows(documents, tokenizer, sequence_length=config.sequence_length, limit=count)
+
+
+def _check_same_source(export: Path, converted: ConvertedModel) -> None:
+    """The export was made from the model that the run holds now."""
+    if not (export / MANIFEST).exists():
+        raise WeaverError(
+            f"{export}: no finished export",
+            why=f"it holds no {MANIFEST}",
+            fix="weaver export RUN --to TARGET --out DIR",
+        )
+    made_from = read_manifest(export, rebuild="weaver export RUN --force").request.inputs
+    if made_from.get(converted.stage) is None or (
+        made_from[converted.stage].digest != converted.ref.digest
+    ):
+        raise WeaverError(
+            f"{export}: made from another model than {converted.folder} holds now",
+            why="an export is compared with the model it was made from",
+            fix="name the run it was made from, or export again with --force",
+        )
