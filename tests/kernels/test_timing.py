@@ -90,3 +90,11 @@ def test_interleave_needs_a_round() -> None:
         interleave({}, repeats=0, warmup=0)
     with pytest.raises(ValueError, match="warmup=-1 not negative"):
         interleave({}, repeats=1, warmup=-1)
+
+
+def test_a_ratio_is_that_of_the_same_rounds() -> None:
+    # The machine was four times as slow in the second round.
+    dense, moe = Timing((2.0, 8.0, 2.0)), Timing((1.0, 4.0, 1.25))
+    assert dense.ratio_to(moe) == 2.0
+    with pytest.raises(ValueError, match="shorter"):
+        dense.ratio_to(Timing((1.0, 1.0)))

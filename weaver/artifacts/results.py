@@ -273,7 +273,7 @@ class BenchRow(Record):
         tokens: tokens per forward (prefill) or generated one by one (decode).
         phase: prefill or decode.
         dense_ms, moe_ms: median milliseconds; ``*_p10_ms`` and ``*_p90_ms`` the spread.
-        speedup: ``dense_ms / moe_ms``; below 1 the converted model is slower.
+        speedup: median over the rounds of dense over converted; below 1 the latter is slower.
         bound: ceiling of the speed-up, from what has to be computed or, for few tokens, read.
         bound_share: ``speedup / bound``.
         dense_tokens_per_second, moe_tokens_per_second: tokens over the median time.

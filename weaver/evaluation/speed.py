@@ -176,7 +176,7 @@ def bench_row(
     **more: Any,
 ) -> BenchRow:
     """Dense against converted from their timings; ``more`` are further fields of the row."""
-    speedup = dense.median / moe.median
+    speedup = dense.ratio_to(moe)
     return BenchRow(
         tokens=tokens,
         phase=phase,

@@ -34,6 +34,17 @@ class Timing:
     def p90(self) -> float:
         return self.quantile(0.9)
 
+    def ratio_to(self, other: Timing) -> float:
+        """Median over the rounds of this function's seconds over another's in the same round.
+
+        What slows the machine down slows both runs of a round: ratios vary less than times do.
+
+        Raises:
+            ValueError: the two were not timed in the same rounds.
+        """
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return float(np.median([mine / theirs for mine, theirs in pairs]))
+
     def quantile(self, share: float) -> float:
         """Quantile with linear interpolation between runs, in seconds."""
         return float(np.quantile(self.seconds, share))
