@@ -26,81 +26,64 @@ def ffn_obstacles(checkpoint: ConvertedCheckpoint, *, intercepts: bool) -> list[
         checkpoint: the converted model.
         intercepts: whether the target has a bias that only selects.
     """
-    layers = [checkpoint.layer(layer) for layer in range(checkpoint.num_layers)]
-    routed = [layer for layer in layers if layer.router is not None]
-    if not routed:
-        return [
-            Obstacle(
-                "a static model: no layer has routed experts",
-                "the target is a Mixture-of-Experts model",
-                _OWN,
-            )
-        ]
+    shapes = checkpoint.shapes
+    if all(shape.router_kind is None for shape in shapes):
+        what = "a static model: no layer has routed experts"
+        return [Obstacle(what, "the target is a Mixture-of-Experts model", _OWN)]
     found = []
-    if any(layer.shape.router_kind == "glu" for layer in layers):
+    if any(shape.router_kind == "glu" for shape in shapes):
+        fit = "a linear router fitted to its scores"
         found.append(
             Obstacle(
                 "a GLU router",
                 "stock routers are one linear map",
                 _REBUILD if intercepts else _OWN,
-                "a linear router fitted to its scores" if intercepts else None,
+                fit if intercepts else None,
             )
         )
-    if any(layer.shape.selection == "threshold" for layer in layers):
-        found.append(
-            Obstacle(
-                "selection by threshold",
-                "stock routers select the same number of experts for every token",
-                "split again: weaver partition --set partition.options.selection=top-k",
-                "exactly K experts for every token, K the mean that the threshold was set to",
-            )
-        )
-    if any(layer.expert_bias_ED is not None for layer in layers):
-        found.append(
-            Obstacle(
-                "constants that stand in for skipped experts",
-                "a stock expert adds no constant",
-                "build without them: weaver build-router --set router.constants=false",
-                "the experts without their constants",
-            )
-        )
-    elif any(layer.weights.output_bias_D is not None for layer in layers):
-        found.append(
-            Obstacle(
-                "a bias of the FFN's output", "stock experts have none", _OWN, "no output bias"
-            )
-        )
-    biased = any(layer.weights.gate_bias_F is not None for layer in layers)
-    if biased or any(layer.weights.up_bias_F is not None for layer in layers):
-        found.append(
-            Obstacle("biases of the gate or up projection", "stock experts have none", _OWN)
-        )
-    if any(_has_values(layer.router, "balance_bias_E") for layer in routed):
-        found.append(
-            Obstacle(
-                "balance biases, which add to probabilities",
-                "the target selects by logits",
-                _OWN,
-                "the biases divided by the probability of the last expert selected"
-                if intercepts
-                else None,
-            )
-        )
-    if any(_has_values(layer.router, "scale_E") for layer in routed):
-        found.append(
-            Obstacle(
-                "trained output factors 1 + softmax(s) * scale",
-                "the target sums experts with weight 1",
-                _OWN,
-                "each expert times its mean factor",
-            )
-        )
-    has_intercept = any(
-        layer.router is not None and layer.router.bias_E is not None for layer in layers
-    )
-    if has_intercept and not intercepts:
+    if any(shape.selection == "threshold" for shape in shapes):
+        found.append(_THRESHOLD)
+    if any(shape.expert_bias for shape in shapes):
+        found.append(_CONSTANTS)
+    elif any(shape.output_bias for shape in shapes):
+        what = "a bias of the FFN's output"
+        found.append(Obstacle(what, "stock experts have none", _OWN, "no output bias"))
+    if any(shape.gate_bias or shape.up_bias for shape in shapes):
+        what = "biases of the gate or up projection"
+        found.append(Obstacle(what, "stock experts have none", _OWN))
+    if checkpoint.was_trained("router.balance_bias"):
+        found.append(_BALANCE if intercepts else replace(_BALANCE, approximation=None))
+    if checkpoint.was_trained("router.scale"):
+        found.append(_FACTORS)
+    if any(shape.router_bias for shape in shapes) and not intercepts:
         found.append(Obstacle("router intercepts", "the target's router has none", "--to glm4-moe"))
     return found
+
+
+_THRESHOLD = Obstacle(
+    "selection by threshold",
+    "stock routers select the same number of experts for every token",
+    "split again: weaver partition --set partition.options.selection=top-k",
+    "exactly K experts for every token, K the mean that the threshold was set to",
+)
+_CONSTANTS = Obstacle(
+    "constants that stand in for skipped experts",
+    "a stock expert adds no constant",
+    "build without them: weaver build-router --set router.constants=false",
+    "the experts without their constants",
+)
+_BALANCE = Obstacle(
+    "balance biases, which add to probabilities",
+    "the target selects by logits",
+    _OWN,
+    "the biases divided by the probability of the last expert selected",
+)
+_FACTORS = Obstacle(
+    "trained output factors 1 + softmax(s) * scale",
+    "the target sums experts with weight 1",
+    _OWN,
+    "each expert times its mean factor",
+)
 
 
 def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
@@ -131,7 +114,7 @@ def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
     weight_ED, bias_E = router.weight_ED.float(), router.bias_E
     if router.kind == "glu":
         weight_ED, bias_E = ridge_fit(x_TD, scores_TE.sqrt(), _PENALTY)
-    elif _has_values(router, "balance_bias_E"):
+    elif bool(router.balance_bias_E.any()):
         added_E = router.balance_bias_E.float()
         if shape.selection == "top-k":
             top_TK = scores_TE.softmax(-1).topk(shape.num_experts_per_tok).values
@@ -158,7 +141,3 @@ def _scaled(layer: ConvertedLayer, factors_E: Tensor) -> Tensor:
     factors_F = factors_E.repeat_interleave(shape.moe_intermediate_size)[:, None]
     down_FD[shape.num_shared_neurons :] *= factors_F.to(down_FD.dtype)
     return down_FD
-
-
-def _has_values(router: Router | None, name: str) -> bool:
-    return router is not None and bool(getattr(router, name).any())

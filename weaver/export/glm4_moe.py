@@ -64,7 +64,7 @@ def build(source: Source) -> StockModel:
         ValueError: a layer has what the architecture cannot hold.
     """
     checkpoint = source.checkpoint
-    placement = place([source.layer(i).shape for i in range(checkpoint.num_layers)])
+    placement = place(checkpoint.shapes)
     scales = [_scale(source, i) for i in range(checkpoint.num_layers)]
     parts = [
         outer_part(checkpoint, source.dtype, tied=False),

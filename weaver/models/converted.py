@@ -95,6 +95,11 @@ class ConvertedCheckpoint:
         with safe_open(self._files[name], framework="pt") as handle:
             return math.prod(handle.get_slice(name).get_shape())
 
+    def was_trained(self, name: str) -> bool:
+        """Whether training has moved a tensor that starts at zero, such as ``router.scale``."""
+        names = [f"{self._ffn_prefix(layer)}{name}" for layer in range(self.num_layers)]
+        return any(bool(self.tensor(each).any()) for each in names if each in self._files)
+
     def layer(self, layer: int) -> ConvertedLayer:
         """The FFN of one layer, in the dtype it is stored in."""
         prefix = self._ffn_prefix(layer)
