@@ -40,16 +40,16 @@ CONVERSIONS: dict[str, Sequence[str]] = {
 # Exports: conversion, target, options.
 EXPORTS: Sequence[tuple[str, str, Sequence[str]]] = (
     ("expertweaver, 8 slices", GLM, ()),
-    ("expertweaver, 64 slices", GLM, ()),
-    ("weave, stock form", GLM, ()),
-    ("weight-kmeans", GRANITE, ()),
+    ("weight-kmeans", GRANITE, ("--dtype", "float32")),
     ("expertweaver, 8 slices", GGUF, ("--quantisation", "f32")),
     ("expertweaver, 8 slices", GGUF, ("--quantisation", "f16")),
     ("expertweaver, 8 slices", GGUF, ("--quantisation", "bf16")),
     ("expertweaver, 8 slices", GGUF, ("--quantisation", "q8_0")),
+    ("cmoe", GLM, ("--approximate",)),
     ("weave", OWN, ("--remote-code",)),
     ("weave", GLM, ("--approximate",)),
-    ("cmoe", GLM, ("--approximate",)),
+    ("weave, stock form", GLM, ()),
+    ("expertweaver, 64 slices", GLM, ()),
 )
 TINY_TEXT = ("--tokens", "256", "--sequence-length", "64", "--new-tokens", "8")
 ANY_KL = ("--max-kl", "100")
@@ -173,8 +173,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/export_checks.md"))
     parser.add_argument("--runs", type=Path, default=Path("runs/exports"))
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument(
+        "--finished", action="store_true", help="Run nothing new of the real model."
+    )
     arguments = parser.parse_args()
-    real(arguments.runs, arguments.config)
+    if not arguments.finished:
+        real(arguments.runs, arguments.config)
     families = tiny(arguments.runs / "tiny")
     parts = [INTRODUCTION, real_table(arguments.runs), FAMILIES, families]
     arguments.out.write_text("\n".join(parts))

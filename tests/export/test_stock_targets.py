@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_glm4_moe_holds_any_split_and_intercepts(
     checkpoint = save_converted(
         tmp_path, variant, UNEQUAL, dtype=dtype, intercept=True, changes=EXACT[variant]
     )
-    assert glm4_moe.TARGET.obstacles(checkpoint) == []
+    assert glm4_moe.TARGET.obstacles(checkpoint, checkpoint.dtype) == []
     write_stock(tmp_path / "stock", glm4_moe.TARGET, source_of(checkpoint))
     stock = load_stock(tmp_path / "stock", dtype)
     assert type(stock).__name__ == "Glm4MoeForCausalLM"
@@ -81,7 +82,7 @@ def test_glm4_moe_holds_any_split_and_intercepts(
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
 def test_granite_holds_equal_layers(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = save_converted(tmp_path, variant, EQUAL, dtype=dtype, changes=EXACT[variant])
-    assert granite_moe_shared.TARGET.obstacles(checkpoint) == []
+    assert granite_moe_shared.TARGET.obstacles(checkpoint, checkpoint.dtype) == []
     write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source_of(checkpoint))
     stock = load_stock(tmp_path / "stock", dtype)
     assert type(stock).__name__ == "GraniteMoeSharedForCausalLM"
@@ -90,13 +91,13 @@ def test_granite_holds_equal_layers(variant: str, dtype: torch.dtype, tmp_path: 
 
 def test_granite_takes_biases_of_the_whole_attention(tmp_path: Path) -> None:
     checkpoint = save_converted(tmp_path, "llama", EQUAL, changes={"attention_bias": True})
-    found = glm4_moe.TARGET.obstacles(checkpoint)
+    found = glm4_moe.TARGET.obstacles(checkpoint, checkpoint.dtype)
     assert [obstacle.what for obstacle in found] == ["a bias of the attention's output projection"]
-    assert granite_moe_shared.TARGET.obstacles(checkpoint) == []
+    assert granite_moe_shared.TARGET.obstacles(checkpoint, checkpoint.dtype) == []
     write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source_of(checkpoint))
     stock = load_stock(tmp_path / "stock", torch.float32)
     assert_same(load_converted(checkpoint.folder), stock, torch.float32)
-    assert choose(checkpoint)[0] == "granite-moe-shared"
+    assert choose(checkpoint, checkpoint.dtype)[0] == "granite-moe-shared"
 
 
 def test_all_experts_active_is_the_dense_model(tmp_path: Path) -> None:
@@ -179,11 +180,11 @@ def test_decoders_without_a_stock_form_are_refused(
     name: str, variant: str, changes: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
     checkpoint = save_converted(tmp_path, variant, EQUAL, changes=changes)
-    found = stock_target(name).obstacles(checkpoint)
+    found = stock_target(name).obstacles(checkpoint, checkpoint.dtype)
     assert what in [obstacle.what for obstacle in found]
     with pytest.raises(WeaverError, match=f"{name} cannot hold"):
         check(name, found, approximate=False)
-    assert choose(checkpoint)[0] == "weaver"
+    assert choose(checkpoint, checkpoint.dtype)[0] == "weaver"
 
 
 FEATURES = [
@@ -199,7 +200,7 @@ def test_features_without_a_stock_form_are_refused_or_approximated(
     options: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
     checkpoint = save_converted(tmp_path, "llama", EQUAL, **options)
-    found = glm4_moe.TARGET.obstacles(checkpoint)
+    found = glm4_moe.TARGET.obstacles(checkpoint, checkpoint.dtype)
     assert any(obstacle.what.startswith(what) for obstacle in found)
     with pytest.raises(WeaverError, match="glm4-moe cannot hold") as caught:
         check("glm4-moe", found, approximate=False)
@@ -228,7 +229,7 @@ def test_a_trained_factor_that_is_the_same_for_all_tokens_is_exact(tmp_path: Pat
 def test_constants_of_experts_are_refused_or_left_out(tmp_path: Path) -> None:
     compensations = [random_compensation(48, 32, 4, seed=i) for i in range(3)]
     checkpoint = save_converted(tmp_path, "llama", EQUAL, compensations=compensations)
-    found = glm4_moe.TARGET.obstacles(checkpoint)
+    found = glm4_moe.TARGET.obstacles(checkpoint, checkpoint.dtype)
     assert [o.what for o in found] == ["constants that stand in for skipped experts"]
     assert "router.constants=false" in found[0].fix
     with pytest.raises(ValueError, match="has constants"):
@@ -251,28 +252,30 @@ def test_a_sliding_window_becomes_the_context_on_request(tmp_path: Path) -> None
 
 def test_static_models_are_refused(tmp_path: Path) -> None:
     checkpoint = save_converted(tmp_path, "llama", ((36, 0, 0, 0),) * 3)
-    found = glm4_moe.TARGET.obstacles(checkpoint)
+    found = glm4_moe.TARGET.obstacles(checkpoint, checkpoint.dtype)
     assert [o.what for o in found] == ["a static model: no layer has routed experts"]
-    assert choose(checkpoint)[0] == "weaver"
+    assert choose(checkpoint, checkpoint.dtype)[0] == "weaver"
 
 
 def test_granite_refuses_what_only_glm_holds(tmp_path: Path) -> None:
     different = save_converted(tmp_path / "a", "llama", UNEQUAL, intercept=True)
-    found = [o.what for o in granite_moe_shared.TARGET.obstacles(different)]
+    found = [o.what for o in granite_moe_shared.TARGET.obstacles(different, different.dtype)]
     assert found == ["3 different splits of layers", "router intercepts"]
     normed = save_converted(tmp_path / "b", "qwen3", EQUAL)
-    assert [o.what for o in granite_moe_shared.TARGET.obstacles(normed)] == [
+    assert [o.what for o in granite_moe_shared.TARGET.obstacles(normed, normed.dtype)] == [
         "norms of queries and keys"
     ]
     half = save_converted(tmp_path / "c", "llama", EQUAL, dtype=torch.float16)
-    assert [o.what for o in granite_moe_shared.TARGET.obstacles(half)] == ["float16 weights"]
+    assert [o.what for o in granite_moe_shared.TARGET.obstacles(half, half.dtype)] == [
+        "float16 weights"
+    ]
 
 
 def test_the_best_target_is_chosen_with_the_reason(tmp_path: Path) -> None:
-    name, reason = choose(save_converted(tmp_path, "llama", UNEQUAL))
+    name, reason = choose(save_converted(tmp_path, "llama", UNEQUAL), torch.float32)
     assert name == "glm4-moe"
     assert "holds the model exactly" in reason
-    name, reason = choose(save_converted(tmp_path / "b", "olmo2", EQUAL))
+    name, reason = choose(save_converted(tmp_path / "b", "olmo2", EQUAL), torch.float32)
     assert name == "weaver"
     assert "its norms stand behind attention and FFN" in reason
 
@@ -301,3 +304,15 @@ def test_a_distilled_router_selects_mostly_the_same_experts() -> None:
     )
     # Two of six by chance: a third.
     assert (wanted_TE & found_TE).sum() / wanted_TE.sum() > 0.8
+
+
+def test_only_powers_of_two_of_experts_are_exact_in_16_bits(tmp_path: Path) -> None:
+    three = ((16, 4, 8, 3),) * 3
+    checkpoint = save_converted(tmp_path, "llama", three, dtype=torch.bfloat16)
+    found = granite_moe_shared.TARGET.obstacles(checkpoint, torch.bfloat16)
+    assert [o.what for o in found] == ["K = 3 experts of 16-bit weights"]
+    assert granite_moe_shared.TARGET.obstacles(checkpoint, torch.float32) == []
+    source = replace(source_of(checkpoint), dtype=torch.float32)
+    write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source)
+    own = load_converted(checkpoint.folder).float()
+    assert_same(own, load_stock(tmp_path / "stock", torch.float32), torch.float32)

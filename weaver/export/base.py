@@ -77,11 +77,11 @@ class Target:
     Args:
         name: what ``--to`` takes.
         summary: what it is and where it runs, one line.
-        obstacles: what it cannot hold of a model.
+        obstacles: what it cannot hold of a model, with weights of a dtype.
         build: the model in its form; of models without obstacles, or with approximated layers.
     """
 
     name: str
     summary: str
-    obstacles: Callable[[ConvertedCheckpoint], list[Obstacle]]
+    obstacles: Callable[[ConvertedCheckpoint, torch.dtype], list[Obstacle]]
     build: Callable[[Source], StockModel]

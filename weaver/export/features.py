@@ -19,18 +19,21 @@ _OWN = "--to weaver"
 _REBUILD = "rebuild the router: weaver build-router --router ridge"
 
 
-def ffn_obstacles(checkpoint: ConvertedCheckpoint, *, intercepts: bool) -> list[Obstacle]:
+def ffn_obstacles(
+    checkpoint: ConvertedCheckpoint, dtype: torch.dtype, *, intercepts: bool
+) -> list[Obstacle]:
     """What a target with linear top-k routers and experts without constants cannot hold.
 
     Args:
         checkpoint: the converted model.
+        dtype: of the exported weights.
         intercepts: whether the target has a bias that only selects.
     """
     shapes = checkpoint.shapes
     if all(shape.router_kind is None for shape in shapes):
         what = "a static model: no layer has routed experts"
         return [Obstacle(what, "the target is a Mixture-of-Experts model", _OWN)]
-    found = []
+    found = [_NARROW] if dtype is torch.float16 else []
     if any(shape.router_kind == "glu" for shape in shapes):
         fit = "a linear router fitted to its scores"
         found.append(
@@ -60,6 +63,11 @@ def ffn_obstacles(checkpoint: ConvertedCheckpoint, *, intercepts: bool) -> list[
     return found
 
 
+_NARROW = Obstacle(
+    "float16 weights",
+    "router rows times a small power of two lose digits in them, or become zero",
+    "--dtype bfloat16, or --dtype float32",
+)
 _THRESHOLD = Obstacle(
     "selection by threshold",
     "stock routers select the same number of experts for every token",

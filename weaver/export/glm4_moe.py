@@ -41,7 +41,7 @@ FORCED = 16.0
 _BIAS = "e_score_correction_bias"
 
 
-def obstacles(checkpoint: ConvertedCheckpoint) -> list[Obstacle]:
+def obstacles(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obstacle]:
     """What ``glm4_moe`` cannot hold of a model."""
     found = decoder_obstacles(checkpoint)
     if found and found[0].approximation is None:
@@ -54,7 +54,7 @@ def obstacles(checkpoint: ConvertedCheckpoint) -> list[Obstacle]:
                 "--to granite-moe-shared, or --to weaver",
             )
         )
-    return found + ffn_obstacles(checkpoint, intercepts=True)
+    return found + ffn_obstacles(checkpoint, dtype, intercepts=True)
 
 
 def build(source: Source) -> StockModel:

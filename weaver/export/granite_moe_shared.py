@@ -32,11 +32,9 @@ from weaver.models.writing import Part
 
 # exp(2^-40 * dz) is 1 in float32 for all logits that a router gives.
 ROUTER_SCALE = 2.0**-40
-# float16 ends at 2^-24: this scale would make its routers zero.
-_TOO_NARROW = torch.float16
 
 
-def obstacles(checkpoint: ConvertedCheckpoint) -> list[Obstacle]:
+def obstacles(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obstacle]:
     """What ``granitemoeshared`` cannot hold of a model."""
     found = decoder_obstacles(checkpoint)
     if found and found[0].approximation is None:
@@ -51,15 +49,17 @@ def obstacles(checkpoint: ConvertedCheckpoint) -> list[Obstacle]:
     if len(shapes) > 1:
         what = f"{len(shapes)} different splits of layers"
         found.append(Obstacle(what, "the target has one shape for all layers", other))
-    if checkpoint.dtype is _TOO_NARROW:
+    top_k = checkpoint.shapes[0].num_experts_per_tok
+    if dtype is not torch.float32 and top_k & (top_k - 1):
         found.append(
             Obstacle(
-                "float16 weights",
-                "its scaled router rows would be zero in them",
-                "assemble in another dtype: weaver assemble --dtype bfloat16",
+                f"K = {top_k} experts of 16-bit weights",
+                f"down projections times {top_k}, no power of two, are rounded once more",
+                f"--dtype float32, or {other}",
+                approximation="rounded down projections",
             )
         )
-    return found + ffn_obstacles(checkpoint, intercepts=False)
+    return found + ffn_obstacles(checkpoint, dtype, intercepts=False)
 
 
 def build(source: Source) -> StockModel:

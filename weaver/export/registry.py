@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from weaver.errors import WeaverError
 from weaver.export import glm4_moe, granite_moe_shared
 from weaver.export.base import Obstacle, Target
@@ -22,15 +24,15 @@ def stock_target(name: str) -> Target:
     return TARGETS["glm4-moe" if name == GGUF else name]
 
 
-def choose(checkpoint: ConvertedCheckpoint) -> tuple[str, str]:
-    """The best target that holds a model exactly, and why.
+def choose(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> tuple[str, str]:
+    """The best target that holds a model exactly, with weights of a dtype, and why.
 
     Returns:
         Name of the target and the reason, one sentence.
     """
     reasons: list[str] = []
     for name, target in TARGETS.items():
-        found = target.obstacles(checkpoint)
+        found = target.obstacles(checkpoint, dtype)
         if not found:
             before = f"; {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} holds the model exactly and runs without weaver{before}"

@@ -49,6 +49,7 @@ class ExportPlan:
         approximations: what stands for what the target cannot hold.
         folder: the folder to make.
         config: the options.
+        dtype: of the exported weights.
     """
 
     converted: ConvertedModel
@@ -58,12 +59,7 @@ class ExportPlan:
     approximations: list[str]
     folder: Path
     config: ExportConfig
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the exported weights."""
-        named = self.config.dtype
-        return self.checkpoint.dtype if named == "auto" else DTYPES[named]
+    dtype: torch.dtype
 
     @property
     def file(self) -> str:
@@ -85,12 +81,16 @@ def plan_export(context: StageContext, config: ExportConfig, out: Path | None = 
     """
     converted = open_converted(context)
     checkpoint = ConvertedCheckpoint(converted.folder)
-    target, reason = (config.target, "as asked") if config.target else choose(checkpoint)
+    dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    target, reason = (config.target, "as asked") if config.target else choose(checkpoint, dtype)
     _check_options(target, config)
-    found = [] if target == OWN else stock_target(target).obstacles(checkpoint)
+    if target == GGUF:
+        # Its tensors are quantised from float32, whatever the model is stored in.
+        dtype = torch.float32
+    found = [] if target == OWN else stock_target(target).obstacles(checkpoint, dtype)
     approximations = check(target, found, approximate=config.approximate)
     folder = out or context.run_dir / f"{STAGE}-{target}"
-    return ExportPlan(converted, checkpoint, target, reason, approximations, folder, config)
+    return ExportPlan(converted, checkpoint, target, reason, approximations, folder, config, dtype)
 
 
 def export(context: StageContext, plan: ExportPlan) -> StageManifest:
