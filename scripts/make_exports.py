@@ -1,16 +1,14 @@
 """Make docs/export_checks.md: every export against the model it was made from.
 
-Two tables: a real model in every target, and a tiny random model of every family in every target,
-with the reason where a target does not fit. Each row is one ``weaver verify``, that is a process
-that cannot import weaver (or llama.cpp). What was measured below --runs is not measured again.
+A real model in every target; each row is one ``weaver verify``, a process that cannot import
+weaver (or llama.cpp). What was measured below --runs is not measured again. The families are the
+matter of tests: tests/export/test_stock_targets.py, test_gguf.py, test_remote_code.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,6 @@ from typing import Any
 from conversions import convert, weaver
 
 from weaver.report.tables import markdown_table
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-
-import tiny_models
-from byte_tokenizer import byte_tokenizer
 
 GLM, GRANITE, GGUF, OWN = "glm4-moe", "granite-moe-shared", "gguf", "weaver"
 # Conversions of the real model: overrides of the configuration file.
@@ -51,7 +44,6 @@ EXPORTS: Sequence[tuple[str, str, Sequence[str]]] = (
     ("weave, stock form", GLM, ()),
     ("expertweaver, 64 slices", GLM, ()),
 )
-TINY_TEXT = ("--tokens", "256", "--sequence-length", "64", "--new-tokens", "8")
 ANY_KL = ("--max-kl", "100")
 
 
@@ -60,14 +52,13 @@ def slug(*words: str) -> str:
     return "-".join(word.strip("-").replace(", ", "-").replace(" ", "-") for word in words)
 
 
-def verified(run_dir: Path, target: str, options: Sequence[str], text: Sequence[str]) -> Path:
-    """Export and verify; returns the file with the result."""
+def verified(run_dir: Path, target: str, options: Sequence[str]) -> None:
+    """Export and verify, unless that was done."""
     folder = run_dir / slug("export", target, *options)
     file = folder.with_suffix(".json")
     if not file.exists():
         weaver("export", run_dir, "--to", target, "--out", folder, *options)
-        weaver("verify", folder, "--against", run_dir, *text, *ANY_KL, "--json", file)
-    return file
+        weaver("verify", folder, "--against", run_dir, *ANY_KL, "--json", file)
 
 
 def real(runs: Path, config: Path) -> None:
@@ -75,7 +66,7 @@ def real(runs: Path, config: Path) -> None:
     for name, target, options in EXPORTS:
         overrides = ("partition.sparsity=0.25", *CONVERSIONS[name])
         run_dir = convert(runs / slug(name), runs / "calibration", config, *overrides)
-        verified(run_dir, target, options, ())
+        verified(run_dir, target, options)
 
 
 def real_table(runs: Path) -> str:
@@ -101,50 +92,12 @@ def _cells(result: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{result['loaded_as']}, {result['dtype']}",
         str(result["tokens"]),
-        form("kl", "{:.1e}"),
+        form("kl", "{:.2e}"),
         form("max_logprob_difference", "{:.4f}") + (mean if mean != "-" else ""),
         form("top1_agreement", "{:.2%}"),
         form("topk_agreement", "{:.3%}"),
         form("same_text", "{:.0%}"),
     )
-
-
-def tiny(runs: Path) -> str:
-    """A row per family, a column per target."""
-    rows = []
-    for family in tiny_models.TINY:
-        run_dir = _tiny_run(runs / family, family)
-        cells = [_tiny_cell(run_dir, target) for target in (GLM, GRANITE, GGUF, OWN)]
-        rows.append((family, *cells))
-    return markdown_table(("family", GLM, GRANITE, GGUF, "weaver, with its code"), rows)
-
-
-def _tiny_run(folder: Path, family: str) -> Path:
-    """A conversion of a tiny random model with equal layers and a linear router."""
-    run_dir = folder / "run"
-    if not (folder / "dense" / "config.json").exists():
-        tokenizer = byte_tokenizer()
-        changes: dict[str, Any] = {"sliding_window": None} if family == "mistral" else {}
-        tiny_models.save_tiny_model(family, folder / "dense", tokenizer, **changes)
-    if not (run_dir / "model" / "manifest.json").exists():
-        how = ("--tokens", "512", "--sequence-length", "64")
-        weaver("calibrate", folder / "dense", "--run-dir", run_dir, *how)
-        split = ("--method", "weight-kmeans", "--num-experts", "6", "--sparsity", "0.25")
-        weaver("partition", "--run-dir", run_dir, *split)
-        weaver("build-router", "--run-dir", run_dir)
-        weaver("assemble", "--run-dir", run_dir, "--no-smoke-test")
-    return run_dir
-
-
-def _tiny_cell(run_dir: Path, target: str) -> str:
-    options = {OWN: ("--remote-code",), GGUF: ("--quantisation", "f32")}.get(target, ())
-    try:
-        result = json.loads(verified(run_dir, target, options, TINY_TEXT).read_text())
-    except subprocess.CalledProcessError:
-        return "does not fit"
-    if result["kl"] is None:
-        return f"top-10 within {result['max_logprob_difference']:.1e}"
-    return f"KL {result['kl']:.0e}"
 
 
 INTRODUCTION = """# Exports, checked
@@ -159,13 +112,6 @@ text ("tokens" counts these). Rows with `--approximate` say what leaving out cos
 ## SmolLM2-135M, FFN sparsity 25%
 """
 
-FAMILIES = """
-## A tiny random model of every family
-
-Equal layers, linear router, float32; Mistral without a sliding window. A target that does not fit
-refuses with the reason, which is in [export.md](export.md).
-"""
-
 
 def main() -> None:
     """Measure everything and write the document."""
@@ -173,15 +119,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/export_checks.md"))
     parser.add_argument("--runs", type=Path, default=Path("runs/exports"))
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument(
-        "--finished", action="store_true", help="Run nothing new of the real model."
-    )
+    parser.add_argument("--finished", action="store_true", help="Run nothing; finished rows only.")
     arguments = parser.parse_args()
     if not arguments.finished:
         real(arguments.runs, arguments.config)
-    families = tiny(arguments.runs / "tiny")
-    parts = [INTRODUCTION, real_table(arguments.runs), FAMILIES, families]
-    arguments.out.write_text("\n".join(parts))
+    arguments.out.write_text(f"{INTRODUCTION}\n{real_table(arguments.runs)}")
 
 
 if __name__ == "__main__":
