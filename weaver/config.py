@@ -130,12 +130,15 @@ class BenchConfig(Section):
 
 
 class ExportConfig(Section):
-    """How a converted model is written for other runtimes. No target: the best that fits."""
+    """How a converted model is written for other runtimes. No target: the best that fits.
+
+    ``quantisation`` is of GGUF alone, f16 if left out.
+    """
 
     target: str | None = None
     approximate: bool = False
     remote_code: bool = False
-    quantisation: Literal["f32", "f16", "bf16", "q8_0"] = "bf16"
+    quantisation: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     dtype: DtypeName = "auto"
     max_shard_size: str = "5GB"
 

@@ -31,7 +31,7 @@ def export(
         ),
     ] = False,
     quantisation: Annotated[
-        str | None, typer.Option(help="Of gguf: f32, f16, bf16 or q8_0. [default: bf16]")
+        str | None, typer.Option(help="Of gguf: f32, f16, bf16 or q8_0. [default: f16]")
     ] = None,
     remote_code: Annotated[
         bool,

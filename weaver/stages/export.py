@@ -64,7 +64,12 @@ class ExportPlan:
     @property
     def file(self) -> str:
         """Name of the file of a GGUF export."""
-        return f"model-{self.config.quantisation}.gguf"
+        return f"model-{self.quantisation}.gguf"
+
+    @property
+    def quantisation(self) -> str:
+        """Of a GGUF export. llama.cpp rounds inputs as well for bf16, so f16 is the closer one."""
+        return self.config.quantisation or "f16"
 
 
 def plan_export(context: StageContext, config: ExportConfig, out: Path | None = None) -> ExportPlan:
@@ -152,7 +157,7 @@ def _check_options(target: str, config: ExportConfig) -> None:
             why="a stock architecture needs no code beside it",
             fix=f"leave it out, or --to {OWN}",
         )
-    if config.quantisation != "bf16" and target != GGUF:
+    if config.quantisation is not None and target != GGUF:
         raise WeaverError(
             f"--quantisation {config.quantisation} does nothing for {target}",
             why="it says how the tensors of a GGUF file are stored",
@@ -206,7 +211,7 @@ def _write_stock(
             stock.config,
             stock.parts,
             plan.converted.folder,
-            quantisation=plan.config.quantisation,
+            quantisation=plan.quantisation,
             name=Path(plan.converted.manifest.model.path).name,
             on_part=advance,
         )
