@@ -186,6 +186,22 @@ def test_llama_cpp_gives_the_same_probabilities(
     assert result.top1_agreement > 0.9
 
 
+def test_what_llama_cpp_lacks_is_refused_before_an_earlier_export_is_thrown_away(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run_dir, run)
+    write(run, out=out, target="gguf")
+    before = file_times(out)
+    config = json.loads((run / "model" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    add_to_stage(run / "model", [run / "model" / "config.json"])
+    with pytest.raises(WeaverError, match="cannot hold rope scaling of type dynamic"):
+        write(run, out=out, target="gguf", force=True)
+    assert file_times(out) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

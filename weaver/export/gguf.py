@@ -72,8 +72,7 @@ def write_gguf(
         ValueError: the parts are not a ``glm4_moe`` model of this configuration.
     """
     kind, file_type = _quantisation(quantisation)
-    _check_config(config)
-    vocabulary = read_vocabulary(tokenizer_folder, config.vocab_size)
+    vocabulary = check_gguf(config, tokenizer_folder)
     plans = plan_tensors(config, parts, kind)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
@@ -86,6 +85,23 @@ def write_gguf(
                 on_part(f"{len(plan)} tensors from {plan[0].name}")
         finally:
             writer.close()
+
+
+def check_gguf(config: PreTrainedConfig, tokenizer_folder: Path) -> Vocabulary:
+    """See whether llama.cpp has a model and a tokenizer like these, before anything is written.
+
+    Args:
+        config: a ``Glm4MoeConfig``.
+        tokenizer_folder: holds the model's tokenizer.
+
+    Returns:
+        The tokenizer as a GGUF file holds it.
+
+    Raises:
+        WeaverError: it has not; naming what it lacks.
+    """
+    _check_config(config)
+    return read_vocabulary(tokenizer_folder, config.vocab_size)
 
 
 def _quantisation(name: str) -> tuple[GGMLQuantizationType, LlamaFileType]:

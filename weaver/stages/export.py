@@ -19,7 +19,7 @@ from weaver.errors import WeaverError
 from weaver.export.attention import save_config
 from weaver.export.base import Source, StockModel
 from weaver.export.features import approximated
-from weaver.export.gguf import write_gguf
+from weaver.export.gguf import check_gguf, write_gguf
 from weaver.export.registry import GGUF, NAMES, OWN, check, choose, stock_target
 from weaver.export.remote_code import add_remote_code
 from weaver.models.checkpoint import DTYPES
@@ -119,13 +119,13 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
     run = StageRun(context, request, model, dtype, folder=plan.folder)
     if run.status == "skip":
         return run.skipped()
+    # Whatever refuses the model does so before an earlier export is thrown away.
+    stock = None if plan.target == OWN else _stock_model(context, plan)
     run.begin()
-    if plan.target == OWN:
+    if stock is None:
         loading, facts = _write_own(context, plan)
     else:
-        partition = open_partition(context.folder("partition"))
-        source = _source(plan, lambda layer: partition.profile(layer).ffn_inputs_ND)
-        loading, facts = _write_stock(context, plan, stock_target(plan.target).build(source))
+        loading, facts = _write_stock(context, plan, stock)
     summary = {
         "target": plan.target,
         "reason": plan.reason,
@@ -189,6 +189,15 @@ def _write_own(context: StageContext, plan: ExportPlan) -> tuple[str | None, dic
 def _copied(checkpoint: ConvertedCheckpoint, names: list[str], dtype: torch.dtype) -> Part:
     sizes = {name: checkpoint.elements(name) * dtype.itemsize for name in names}
     return Part(sizes, lambda: {name: checkpoint.tensor(name).to(dtype) for name in names})
+
+
+def _stock_model(context: StageContext, plan: ExportPlan) -> StockModel:
+    partition = open_partition(context.folder("partition"))
+    source = _source(plan, lambda layer: partition.profile(layer).ffn_inputs_ND)
+    stock = stock_target(plan.target).build(source)
+    if plan.target == GGUF:
+        check_gguf(stock.config, plan.converted.folder)
+    return stock
 
 
 def _write_stock(
