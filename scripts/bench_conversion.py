@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.evaluation.speed import device_header
 from weaver.models.checkpoint import Checkpoint
 from weaver.report.tables import format_bytes, markdown_table

@@ -17,7 +17,8 @@ from results_tables import describe
 
 from weaver.artifacts.manifest import MANIFEST
 from weaver.cli.session import make_context, quiet_libraries
-from weaver.config import ModelConfig, RunConfig
+from weaver.config.loading import RunConfig
+from weaver.config.sections import ModelConfig
 from weaver.stages.lock import locked
 from weaver.stages.pipeline import run_pipeline, stage_calls
 

@@ -20,7 +20,7 @@ from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.results import TaskResult
 from weaver.artifacts.store import write_json
 from weaver.cli.session import make_context, quiet_libraries
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.data.sources import find_path
 from weaver.evaluation.bootstrap import paired_bootstrap
 from weaver.evaluation.tasks import run_task

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weaver.config import CalibrateConfig, EvalConfig, PartitionConfig, RouterConfig
+from weaver.config.sections import CalibrateConfig, EvalConfig, PartitionConfig, RouterConfig
 
 RUNS = Path("runs/results")
 SPARSITIES = (0.25, 0.5)

@@ -15,6 +15,7 @@ from weaver.export.registry import NAMES
 from weaver.methods.registry import METHODS
 from weaver.methods.routers import ROUTERS
 from weaver.models.families import FAMILIES
+from weaver.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +56,10 @@ def test_the_table_of_routers_is_the_registry() -> None:
     assert [row[:3] for row in table("router")] == [
         [spec.name, spec.kind, spec.summary] for spec in ROUTERS.values()
     ]
+
+
+def test_the_table_of_presets_is_the_registry() -> None:
+    assert table("preset") == [[p.name, p.summary, p.source] for p in PRESETS.values()]
 
 
 def test_the_table_of_families_is_the_registry() -> None:

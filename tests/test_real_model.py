@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weaver  # noqa: F401 - registers the converted model types
-from weaver.config import (
+from weaver.config.sections import (
     AssembleConfig,
     CalibrateConfig,
     EvalConfig,

@@ -98,6 +98,13 @@ def test_differences_name_every_key() -> None:
     assert request().differences(request()) == []
 
 
+def test_differences_name_the_entries_of_a_list_of_sections() -> None:
+    asked, found = (
+        request(config={"phases": [{"steps": 3, "lora": None}, {"steps": last}]}) for last in (2, 4)
+    )
+    assert asked.differences(found) == ["phases.2.steps: 4 on disk, 2 asked for"]
+
+
 def test_changed_inputs() -> None:
     inputs = {
         "calibrate": InputRef(path="p", digest="d2"),

@@ -9,7 +9,7 @@ from tiny_runs import file_times, run_config, run_stages, run_values, write_conf
 from typer.testing import CliRunner
 
 from weaver.cli.app import app
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.models.checkpoint import Checkpoint
 from weaver.stages.estimate import estimate
 

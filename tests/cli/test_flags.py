@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import weaver.cli.app
 from weaver.artifacts.manifest import read_manifest
-from weaver.config import PartitionConfig
+from weaver.config.sections import PartitionConfig
 from weaver.methods.registry import METHODS
 from weaver.methods.routers import ROUTERS
 from weaver.report.tables import format_count
+from weaver.training.presets import PRESETS
 
 
 def invoke(*words: str | Path) -> str:
@@ -108,3 +109,20 @@ def test_eval_and_run_print_the_measured_flops(tiny_llama: Path, tmp_path: Path)
     assert cells[3] == format_count(measured)
     summary = json.loads((run_dir / "eval" / "manifest.json").read_text())["summary"]
     assert summary["measured_ffn_flops"] == measured
+
+
+def test_finetune_flags(tiny_llama: Path, tmp_path: Path) -> None:
+    run_stages(run_config(tiny_llama), tmp_path, until="assemble")
+    words = ("finetune", "--run-dir", tmp_path, "--preset", "distill-2k", "--trainable", "lora")
+    sizes = ("--steps", "2", "--batch-size", "1", "--sequence-length", "32")
+    output = invoke(*words, *sizes, "--set", "finetune.eval_windows=1")
+
+    (phase,) = config_of(tmp_path, "finetune")["phases"]
+    assert (phase["objective"], phase["trainable"], phase["steps"]) == ("distill", "lora", 2)
+    assert phase["lora"]["rank"] == 8
+    assert re.search(r"step 2: held-out perplexity [0-9.]+, KL [0-9.]+", output)
+    assert re.search(r"held-out KL .* the weights of step [02]\n", output)
+
+
+def test_the_help_of_finetune_names_every_preset() -> None:
+    assert re.findall(r"[a-z]+-2k", help_of("finetune", "preset")) == list(PRESETS)

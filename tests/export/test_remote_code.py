@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.export.remote import modeling_weaver
 from weaver.export.remote_code import SOURCE, add_remote_code

@@ -10,7 +10,7 @@ from tiny_conversions import OpenTiny
 from tiny_models import save_tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.models.checkpoint import Checkpoint
 
 

@@ -14,7 +14,7 @@ from tiny_models import TINY, save_tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from weaver.algorithms.glu import glu_forward
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models import checkpoint as checkpoint_module
 from weaver.models.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ from transformers import AutoConfig, Gemma3Config, GPT2Config
 from transformers.activations import ACT2FN
 
 from weaver.algorithms.glu import ACTIVATIONS
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.families import ACTIVATION_NAMES, FAMILIES, activation_name, find_family

@@ -13,7 +13,7 @@ from tiny_conversions import OpenTiny
 from tiny_models import save_tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models import locate as locate_module
 from weaver.models.checkpoint import Checkpoint

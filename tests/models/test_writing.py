@@ -23,7 +23,7 @@ from tiny_models import TINY, random_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.moe import converted_tensors

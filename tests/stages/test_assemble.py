@@ -12,7 +12,7 @@ from tiny_runs import add_to_stage, run_config, run_stages
 
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
-from weaver.config import AssembleConfig, ModelConfig
+from weaver.config.sections import AssembleConfig, ModelConfig
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.moe import MoEFeedForward
 from weaver.stages.assemble import assemble

@@ -12,7 +12,7 @@ from tiny_runs import run_config, run_stages
 from torch import Tensor, nn
 
 from weaver.artifacts.results import BenchRow, FfnLevel
-from weaver.config import BenchConfig, ModelConfig
+from weaver.config.sections import BenchConfig, ModelConfig
 from weaver.errors import WeaverError
 from weaver.evaluation import layers
 from weaver.evaluation.layers import LayerCase

@@ -14,7 +14,7 @@ from tiny_runs import read_results, run_config, run_stages, stage_digests
 from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.store import read_json, read_record
 from weaver.artifacts.types import ExpertLayout
-from weaver.config import RunConfig
+from weaver.config.loading import RunConfig
 from weaver.errors import WeaverError
 from weaver.stages.budget import BUDGET_FILE, Slices
 from weaver.stages.finished import layer_path

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import add_to_stage, read_results, run_config, run_stages
 
 from weaver.artifacts.results import EvalResult
-from weaver.config import EvalConfig
+from weaver.config.sections import EvalConfig
 from weaver.stages.evaluate import evaluate
 from weaver.stages.runner import StageContext
 

@@ -16,7 +16,7 @@ from weaver.artifacts.manifest import StageManifest
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import Router
 from weaver.artifacts.verification import Verification
-from weaver.config import ExportConfig, VerifyConfig
+from weaver.config.sections import ExportConfig, VerifyConfig
 from weaver.errors import WeaverError
 from weaver.export.fresh import fresh_model
 from weaver.stages.export import export, plan_export
@@ -237,7 +237,7 @@ def test_trained_balance_biases_are_seen_in_the_model(run_dir: Path, tmp_path: P
     write_record(routers[0], Router("linear", router.weight_ED, router.scale_E, moved))
     add_to_stage(copy / "router", routers[:1])
     shutil.rmtree(copy / "model")
-    from weaver.config import AssembleConfig
+    from weaver.config.sections import AssembleConfig
     from weaver.stages.assemble import assemble
 
     assemble(StageContext(copy), AssembleConfig(smoke_test=False))

@@ -15,7 +15,7 @@ from tiny_runs import run_config, run_stages
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 
 import weaver
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.evaluation.generation import Decoding, repetition
 from weaver.models import loading

@@ -30,6 +30,7 @@ LAYERS = 8
 SLICE_SECONDS = 0.001
 DEADLINE_SECONDS = 120
 Moment = Callable[[Path], bool]
+SHORT = {"batch_size": 2, "sequence_length": 64, "warmup_steps": 1, "learning_rate": 0.001}
 
 
 @pytest.fixture(scope="module", params=["cmoe", "weave"])
@@ -49,11 +50,14 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         calibrate={"tokens": 2048, "sequence_length": 128},
         partition={"method": request.param, "sequential": True},
         finetune={
-            "steps": 6,
-            "batch_size": 2,
-            "sequence_length": 64,
-            "checkpoint_every": 2,
-            "learning_rate": 0.001,
+            "phases": [
+                {**SHORT, "trainable": "router", "steps": 2, "learning_rate": 0.01},
+                {**SHORT, "trainable": "lora", "objective": "distill", "steps": 4},
+            ],
+            "eval_windows": 2,
+            "eval_sequence_length": 64,
+            "evaluate_every": 2,
+            "checkpoint_every": 3,
         },
     )
     return write_config(folder / "run.yaml", values)

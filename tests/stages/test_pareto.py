@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import file_times, run_config, run_stages
 
 from weaver.artifacts.store import read_json
-from weaver.config import PartitionConfig
+from weaver.config.sections import PartitionConfig
 from weaver.errors import WeaverError
 from weaver.stages.budget import BUDGET_FILE
 from weaver.stages.pareto import (

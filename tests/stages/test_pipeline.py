@@ -200,6 +200,10 @@ def test_fine_tuning_lowers_the_loss_and_eval_measures_its_model(
         "router_scale_learning_rate": 0.5,
         "warmup_steps": 1,
         "checkpoint_every": 100,
+        # Text that a random model does not predict: it learns by leaving the dense model.
+        "eval_data": [str(text)],
+        "eval_sequence_length": 32,
+        "best_by": "perplexity",
     }
     # One batch is the whole text's first windows again and again: the loss has to fall.
     plain = run_config(tiny_llama, eval={"data": [str(text)]})

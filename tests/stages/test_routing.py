@@ -13,7 +13,8 @@ from tiny_runs import file_times, read_results, run_config, run_stages, stage_di
 from weaver.artifacts.manifest import MANIFEST, read_manifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
-from weaver.config import RouterConfig, RunConfig
+from weaver.config.loading import RunConfig
+from weaver.config.sections import RouterConfig
 from weaver.errors import WeaverError
 from weaver.methods.registry import METHODS
 from weaver.stages.build_router import build_routers

@@ -15,7 +15,7 @@ from weaver.artifacts.manifest import StageManifest
 from weaver.artifacts.results import SmokeResult
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import Compensation
-from weaver.config import AssembleConfig, ModelConfig
+from weaver.config.sections import AssembleConfig, ModelConfig
 from weaver.evaluation.perplexity import compare
 from weaver.evaluation.smoke import smoke_windows
 from weaver.models.accounting import ModelAccount

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from weaver.artifacts.types import Compensation, Router, RouterKind, Selection
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.export.attention import save_config
 from weaver.export.base import Source, StockModel, Target
 from weaver.export.features import approximated

@@ -28,7 +28,7 @@ from weaver.artifacts.manifest import (
 )
 from weaver.artifacts.store import file_digest
 from weaver.cli.app import main
-from weaver.config import RunConfig, parse_config
+from weaver.config.loading import RunConfig, parse_config
 from weaver.stages.finished import STAGE_FOLDERS
 from weaver.stages.pipeline import run_pipeline, stage_calls
 from weaver.stages.runner import StageContext

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from weaver.artifacts.store import read_tensors, write_tensors
-from weaver.config import FinetuneConfig
+from weaver.config.finetuning import FinetuneConfig
 from weaver.errors import WeaverError
 from weaver.training.checkpoint import remove_checkpoints, windows_digest
 from weaver.training.loop import finetune
@@ -48,7 +48,7 @@ def train(
     seed: int = 0,
     on_step: Any = None,
 ) -> None:
-    finetune(model, windows_WT, config, seed=seed, checkpoint_dir=folder, on_step=on_step)
+    finetune(model, [windows_WT], config, seed=seed, checkpoint_dir=folder, on_step=on_step)
 
 
 def test_only_the_newest_stays_and_holds_the_state(checkpoint: Path) -> None:

@@ -7,20 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from weaver.config import FinetuneConfig
+from weaver.config.finetuning import FinetuneConfig
 from weaver.errors import WeaverError
-from weaver.models.accounting import LayerShape
-from weaver.models.moe import MoEFeedForward
-from weaver.training.loop import (
-    TrainingReport,
-    build_optimizer,
-    finetune,
-    learning_rate_factor,
-    select_trainable,
-)
+from weaver.training.loop import TrainingReport, finetune
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 CONFIG = FinetuneConfig(
@@ -40,21 +32,13 @@ def stop_at(step: int) -> Callable[[int, float], None]:
     return on_step
 
 
-def test_learning_rate_by_hand() -> None:
-    # 2 steps of warm-up, then a cosine over 4 steps: 0, 1/3, 2/3 and all of the way.
-    factors = [learning_rate_factor(step, 6, 2) for step in range(6)]
-    assert factors == pytest.approx([0.5, 1.0, 1.0, 0.775, 0.325, 0.1])
-    assert learning_rate_factor(0, 1, 0) == 1.0
-    assert [learning_rate_factor(s, 2, 4) for s in range(2)] == [0.25, 0.5]
-
-
 def test_loss_falls_and_the_report_counts(
     make_model: ModelFactory, windows_WT: Tensor, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, float]] = []
     report = finetune(
         make_model(),
-        windows_WT,
+        [windows_WT],
         CONFIG.model_copy(update={"steps": 60}),
         seed=0,
         checkpoint_dir=tmp_path,
@@ -76,7 +60,7 @@ def test_first_step_is_adamw_by_hand(
         steps=1, batch_size=6, warmup_steps=0, learning_rate=1e-3, router_scale_learning_rate=0.5
     )
     model, before = make_model(), make_model().state_dict()
-    finetune(model, windows_WT, config, seed=0, checkpoint_dir=tmp_path)
+    finetune(model, [windows_WT], config, seed=0, checkpoint_dir=tmp_path)
     gradients = {n: p.grad for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         gradient = gradients[name]
@@ -95,7 +79,7 @@ def run(
     config: FinetuneConfig,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainingReport:
-    return finetune(model, windows_WT, config, seed=3, checkpoint_dir=folder, on_step=on_step)
+    return finetune(model, [windows_WT], config, seed=3, checkpoint_dir=folder, on_step=on_step)
 
 
 @pytest.mark.parametrize("trainable", ["all", "router"])
@@ -165,30 +149,6 @@ def test_callers_random_state_is_kept(
     torch.manual_seed(5)
     run(model, windows_WT, tmp_path, CONFIG)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_parameter_groups(make_model: ModelFactory) -> None:
-    parameters = select_trainable(make_model(), "all")
-    scales, matrices, vectors = build_optimizer(parameters, CONFIG).param_groups
-    assert (scales["lr"], scales["weight_decay"], len(scales["params"])) == (1e-3, 0.0, 2)
-    assert (matrices["lr"], matrices["weight_decay"]) == (1e-2, 0.1)
-    assert (vectors["lr"], vectors["weight_decay"], len(vectors["params"])) == (1e-2, 0.0, 5)
-    assert all(p.ndim == 2 for p in matrices["params"])
-    assert matrices["betas"] == (0.9, 0.95)
-    assert sum(len(g["params"]) for g in (scales, matrices, vectors)) == len(parameters)
-
-
-def test_the_intercept_and_the_constants_of_a_converted_layer() -> None:
-    shape = LayerShape(2, 3, 4, 1, "linear", router_bias=True, expert_bias=True)
-    model = nn.ModuleDict({"ffn": MoEFeedForward(shape, 8, "silu")})
-    routers = select_trainable(model, "router")
-    assert set(routers) == {"ffn.router.weight", "ffn.router.scale", "ffn.router.bias"}
-    parameters = select_trainable(model, "all")
-    _, matrices, vectors = build_optimizer(parameters, CONFIG).param_groups
-    undecayed = {id(p) for p in vectors["params"]}
-    names = {name for name, parameter in parameters.items() if id(parameter) in undecayed}
-    assert names == {"ffn.router.bias", "ffn.expert_bias"}
-    assert len(matrices["params"]) == 4
 
 
 def test_static_model_trains_all_but_has_no_router(

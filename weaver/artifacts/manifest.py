@@ -192,8 +192,16 @@ def peak_memory_bytes() -> int:
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+        nested = _numbered(value)
+        if isinstance(nested, dict) and nested:
+            flat |= _flatten(nested, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _numbered(value: Any) -> Any:
+    """A list of mappings as a mapping by position, from 1; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        return {str(number): each for number, each in enumerate(value, start=1)}
+    return value

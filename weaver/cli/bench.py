@@ -11,7 +11,8 @@ import typer
 
 from weaver.cli.options import ConfigFile, DryRun, Force, Overrides, Seed
 from weaver.cli.session import console, make_context, run_stage
-from weaver.config import BenchConfig, load_section, load_seed
+from weaver.config.loading import load_section, load_seed
+from weaver.config.sections import BenchConfig
 from weaver.errors import WeaverError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import typer
 
 from weaver.cli.options import ConfigFile, Data, DataDir, DryRun, Force, Overrides, RunDir, Seed
 from weaver.cli.session import make_context, run_stage
-from weaver.config import EvalConfig, load_section, load_seed
+from weaver.config.loading import load_section, load_seed
+from weaver.config.sections import EvalConfig
 
 
 def evaluate(

@@ -9,7 +9,8 @@ import typer
 
 from weaver.cli.options import DryRun, Force
 from weaver.cli.session import make_context, run_stage
-from weaver.config import ExportConfig, parse_config
+from weaver.config.loading import parse_config
+from weaver.config.sections import ExportConfig
 
 
 def export(

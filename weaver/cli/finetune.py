@@ -8,14 +8,24 @@ import typer
 
 from weaver.cli.options import ConfigFile, Data, DataDir, DryRun, Force, Overrides, RunDir, Seed
 from weaver.cli.session import make_context, run_stage
-from weaver.config import FinetuneConfig, load_section, load_seed
+from weaver.config.finetuning import FinetuneConfig
+from weaver.config.loading import load_section, load_seed
 
 
 def finetune(
     run_dir: RunDir,
     data: Data = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="cmoe-2k or distill-2k; other flags replace the preset's values."),
+    ] = None,
     trainable: Annotated[
-        str | None, typer.Option(help="all, or router for the routers alone.")
+        str | None,
+        typer.Option(help="all, router for the routers alone, or lora for low-rank adapters."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="next-token, or distill for the dense model's predictions."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
@@ -29,10 +39,12 @@ def finetune(
     dry_run: DryRun = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Train the converted model for some steps; an interrupted training goes on."""
+    """Train the converted model for some steps, and keep its best weights on held-out text."""
     flags = {
         "data": data,
+        "preset": preset,
         "trainable": trainable,
+        "objective": objective,
         "steps": steps,
         "batch_size": batch_size,
         "sequence_length": sequence_length,

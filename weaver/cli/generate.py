@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from weaver.cli.session import quiet_libraries
-from weaver.config import DtypeName
+from weaver.config.sections import DtypeName
 from weaver.errors import WeaverError
 from weaver.report.tables import format_number, format_seconds
 

@@ -8,7 +8,8 @@ import typer
 
 from weaver.cli.options import Calibration, ConfigFile, DryRun, Force, Overrides, RunDir, Seed
 from weaver.cli.session import console, make_context, run_stage
-from weaver.config import PartitionConfig, RouterConfig, load_section, load_seed
+from weaver.config.loading import load_section, load_seed
+from weaver.config.sections import PartitionConfig, RouterConfig
 from weaver.report.tables import console_table, format_number, format_percent, format_ratio
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 from weaver.cli.options import Calibration, DataDir, Force, Overrides, RunDir
 from weaver.cli.session import console, make_context
 from weaver.cli.show import show_manifest, show_plan, show_results
-from weaver.config import RunConfig, load_run_config
+from weaver.config.loading import RunConfig, load_run_config
 
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest

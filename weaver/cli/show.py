@@ -162,6 +162,13 @@ def _share(value: float) -> str:
 def _show_finetune(console: Console, summary: dict[str, Any]) -> None:
     losses = summary["losses"]
     console.print(f"  {len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    first, seen = summary["evaluations"][0], summary["evaluations"]
+    best = next(each for each in seen if each["step"] == summary["best_step"])
+    console.print(
+        f"  held-out KL {format_number(first['kl'])} -> {format_number(best['kl'])}, perplexity "
+        f"{format_number(first['perplexity'])} -> {format_number(best['perplexity'])} (dense "
+        f"{format_number(best['dense_perplexity'])}): the weights of step {best['step']}"
+    )
 
 
 def _show_eval(console: Console, summary: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import typer
 from weaver.cli.options import Data, DataDir
 from weaver.cli.session import console, make_context
 from weaver.cli.show import show_verification
-from weaver.config import VerifyConfig, parse_config
+from weaver.config.loading import parse_config
+from weaver.config.sections import VerifyConfig
 from weaver.errors import WeaverError
 
 

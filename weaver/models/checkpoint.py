@@ -22,7 +22,7 @@ from weaver.artifacts.store import (
     file_digest,
     text_digest,
 )
-from weaver.config import DtypeName, ModelConfig
+from weaver.config.sections import DtypeName, ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.families import Family, activation_name, find_family
 from weaver.models.locate import locate, weight_files

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 
 from weaver.artifacts.cache import cache_folder
 from weaver.artifacts.store import file_digest, read_json
-from weaver.config import ModelConfig
+from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.gguf import dequantise
 

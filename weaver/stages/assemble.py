@@ -12,7 +12,7 @@ from torch import Tensor
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors
 from weaver.artifacts.types import ExpertLayout
-from weaver.config import AssembleConfig
+from weaver.config.sections import AssembleConfig
 from weaver.errors import WeaverError
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from torch import Tensor
 from weaver.artifacts.manifest import StageManifest, StageRequest, peak_memory_bytes
 from weaver.artifacts.results import BenchResult, BenchRow
 from weaver.artifacts.store import write_json, write_text
-from weaver.config import BenchConfig
+from weaver.config.sections import BenchConfig
 from weaver.data.packing import windows
 from weaver.data.sources import read_documents
 from weaver.evaluation.speed import device_header, measure_decode, measure_prefill

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weaver.artifacts.manifest import peak_memory_bytes
 from weaver.artifacts.results import BenchResult, BenchRouting, FfnLevel
-from weaver.config import BenchConfig
+from weaver.config.sections import BenchConfig
 from weaver.errors import WeaverError
 from weaver.evaluation.layers import LayerCase, measure_layer, synthetic_case
 from weaver.evaluation.speed import device_header

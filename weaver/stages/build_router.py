@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from weaver.artifacts.manifest import StageManifest, StageRequest
-from weaver.config import RouterConfig
+from weaver.config.sections import RouterConfig
 from weaver.evaluation.fidelity import module_fidelity
 from weaver.methods.registry import get_method
 from weaver.models.moe import MoEFeedForward

@@ -7,7 +7,7 @@ from typing import Any
 
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import read_record, values_digest, write_record
-from weaver.config import CalibrateConfig, ModelConfig
+from weaver.config.sections import CalibrateConfig, ModelConfig
 from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
 from weaver.errors import WeaverError

@@ -27,7 +27,7 @@ def write_card(
         folder: the model folder.
         account: sizes of the model, with the shape of every layer.
         recipe: the resolved configuration of every stage that made the model; the number of
-            training steps stands in its section ``finetune``, if there is one.
+            training steps stands in its section ``finetune``, phase by phase, if there is one.
         loading: how to load it, where it is not of weaver's own type.
         notes: limitations of this copy.
     """
@@ -47,7 +47,7 @@ def write_card(
         dense_parameters=account.total_dense_parameters,
         recipe=recipe,
         weaver_version=versions().get("weaver-moe", "unknown"),
-        finetune_steps=recipe.get("finetune", {}).get("steps", 0),
+        finetune_steps=sum(p["steps"] for p in recipe.get("finetune", {}).get("phases", [])),
         loading=loading,
         notes=notes,
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from weaver.artifacts.manifest import MANIFEST, InputRef, StageManifest
-from weaver.config import DtypeName
+from weaver.config.sections import DtypeName
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import register

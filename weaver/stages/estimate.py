@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from weaver.config import RunConfig
+from weaver.config.loading import RunConfig
 from weaver.methods.registry import get_method
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES

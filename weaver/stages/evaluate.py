@@ -20,7 +20,7 @@ from weaver.artifacts.results import (
     WindowValues,
 )
 from weaver.artifacts.store import file_digest, values_digest, write_json
-from weaver.config import EvalConfig
+from weaver.config.sections import EvalConfig
 from weaver.data.packing import windows
 from weaver.data.sources import find_path, parse_data_spec, read_documents
 from weaver.evaluation.fidelity import KeptInputs, keep_inputs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, write_json
-from weaver.config import ExportConfig, VerifyConfig
+from weaver.config.sections import ExportConfig, VerifyConfig
 from weaver.errors import WeaverError
 from weaver.export.attention import save_config
 from weaver.export.base import Source, StockModel

@@ -3,86 +3,158 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, values_digest
-from weaver.config import FinetuneConfig
+from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.data.packing import windows
 from weaver.data.sources import parse_data_spec, read_documents
+from weaver.errors import WeaverError
+from weaver.evaluation.perplexity import compare
+from weaver.kernels.machine import cpu_features
 from weaver.models.loading import load_model
 from weaver.models.writing import Part, parse_size, write_shards
 from weaver.stages.card import write_card
 from weaver.stages.converted import ConvertedModel, companions, open_converted
 from weaver.stages.runner import StageContext, StageRun
 from weaver.training.checkpoint import remove_checkpoints
-from weaver.training.loop import TrainingReport
+from weaver.training.guard import Evaluation, Guard, HeldOut
+from weaver.training.loop import DivergedError, TrainingReport
 from weaver.training.loop import finetune as train
+from weaver.training.presets import resolve_phases, resolved_config
 
 STAGE = "finetune"
 CHECKPOINTS = "checkpoints"
+MODEL = "model"
 
 
 def finetune(context: StageContext, config: FinetuneConfig) -> StageManifest:
-    """Train the assembled model for some steps and write it to ``finetune/model``.
+    """Train the assembled model for some steps and write its best weights to ``finetune/model``.
 
     Training runs in float32 whatever the stored dtype is: 16-bit weights would swallow small
-    updates. The result is stored in the dtype of the assembled model.
+    updates. The result is stored in the dtype of the assembled model. The dense model, which the
+    held-out evaluations compare with and ``distill`` learns from, is loaded beside it.
 
     Args:
         context: run directory, seed, progress, data folder.
-        config: text, steps, learning rates.
+        config: text, phases, learning rates, evaluations.
 
     Raises:
-        WeaverError: no finished conversion, no such data, or a loss that is not finite.
+        WeaverError: no finished conversion, no such data, or a loss that is not finite; then the
+            best weights until there are written, but the stage is not complete.
     """
     converted = open_converted(context, finetuned=False)
-    windows_WT = _windows(context, config, converted)
-    data = InputRef(path=", ".join(config.data), digest=values_digest({"windows_WT": windows_WT}))
+    tokenizer = converted.dense.tokenizer()
+    phases = resolve_phases(config)
+    lengths = sorted({phase.sequence_length for phase in phases})
+    texts = {n: _windows(context, config.data, tokenizer, n, limit=None) for n in lengths}
+    held_out_WT = _windows(
+        context, config.eval_data, tokenizer, config.eval_sequence_length, config.eval_windows
+    )
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config=config.model_dump(mode="json"),
-        inputs={"assemble": converted.ref, "data": data},
+        config=resolved_config(config, phases),
+        inputs={
+            "assemble": converted.ref,
+            "data": _data_ref(config.data, texts),
+            "eval_data": _data_ref(config.eval_data, {config.eval_sequence_length: held_out_WT}),
+        },
     )
     run = StageRun(context, request, converted.manifest.model, converted.manifest.dtype)
     if run.status == "skip":
         return run.skipped()
     run.begin()
     model = load_model(converted.folder, torch.float32)
-    with context.progress(STAGE, config.steps) as advance:
-        report = train(
-            model,
-            windows_WT,
-            config,
-            seed=context.seed,
-            checkpoint_dir=run.folder / CHECKPOINTS,
-            on_step=lambda step, loss: advance(f"step {step}, loss {loss:.3f}"),
-        )
-    _write_model(converted, model, run, request.config)
+    dense = _load_teacher(converted)
+    guard = Guard(
+        lambda tuned: _held_out(dense, tuned, held_out_WT),
+        config.evaluate_every,
+        config.best_by,
+        config.patience,
+    )
+    try:
+        with context.progress(STAGE, sum(phase.steps for phase in phases)) as advance:
+            report = train(
+                model,
+                [texts[phase.sequence_length] for phase in phases],
+                config,
+                seed=context.seed,
+                checkpoint_dir=run.folder / CHECKPOINTS,
+                teacher=dense,
+                guard=guard,
+                on_step=lambda step, loss: advance(f"step {step}, loss {loss:.3f}"),
+                on_evaluation=lambda found: context.say(_line(found)),
+            )
+    except DivergedError as error:
+        _write_model(converted, model, run)
+        raise _rescued(error, run.folder / MODEL) from error
+    _write_model(converted, model, run)
     remove_checkpoints(run.folder / CHECKPOINTS)
-    return run.finish(_summary(report))
+    return run.finish(_summary(report, phases))
 
 
-def _windows(context: StageContext, config: FinetuneConfig, converted: ConvertedModel) -> Tensor:
+def _windows(
+    context: StageContext,
+    data: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    limit: int | None,
+) -> Tensor:
     documents = [
         document
-        for text in config.data
+        for text in data
         for document in read_documents(parse_data_spec(text).location, context.data_dir)
     ]
-    tokenizer = converted.dense.tokenizer()
-    return windows(documents, tokenizer, sequence_length=config.sequence_length, limit=None)
+    return windows(documents, tokenizer, sequence_length=sequence_length, limit=limit)
 
 
-def _write_model(
-    converted: ConvertedModel, model: PreTrainedModel, run: StageRun, settings: dict[str, Any]
-) -> None:
+def _data_ref(data: Sequence[str], windows_by_length: dict[int, Tensor]) -> InputRef:
+    digest = values_digest({f"windows_{n}": ids_WT for n, ids_WT in windows_by_length.items()})
+    return InputRef(path=", ".join(data), digest=digest)
+
+
+def _load_teacher(converted: ConvertedModel) -> PreTrainedModel:
+    """The dense model in its own dtype; in float32 where the processor is slow at that one."""
+    own = converted.dtype("auto")
+    fast = own == torch.float32 or (own == torch.bfloat16 and "bf16" in cpu_features())
+    model = converted.load_dense("auto" if fast else "float32")
+    return model.requires_grad_(False)
+
+
+def _held_out(dense: PreTrainedModel, tuned: PreTrainedModel, windows_WT: Tensor) -> HeldOut:
+    comparison = compare(dense, tuned, windows_WT)
+    return HeldOut(comparison.moe.perplexity, comparison.kl, comparison.dense.perplexity)
+
+
+def _line(found: Evaluation) -> str:
+    held_out = found.held_out
+    return (
+        f"  step {found.step}: held-out perplexity {held_out.perplexity:.3f}, KL {held_out.kl:.5f}"
+    )
+
+
+def _rescued(error: DivergedError, folder: Path) -> WeaverError:
+    """The same error, with the place of the best weights."""
+    assert error.best is not None
+    return WeaverError(
+        f"{error.what}; the best weights, of step {error.best.step} with a held-out KL of "
+        f"{error.best.held_out.kl:.4f}, are in {folder}",
+        why=error.why,
+        fix=f"{error.fix}; copy {folder} first to keep it, since --force empties the stage",
+    )
+
+
+def _write_model(converted: ConvertedModel, model: PreTrainedModel, run: StageRun) -> None:
     """The trained weights next to the assembled model's tokenizer, with the training's recipe."""
-    folder = run.folder / "model"
+    folder = run.folder / MODEL
     with disk_errors(folder):
         if folder.exists():
             shutil.rmtree(folder)
@@ -96,7 +168,7 @@ def _write_model(
     limit = parse_size(converted.manifest.request.config["max_shard_size"])
     write_shards(folder, parts, limit, lambda _name: None)
     config = AutoConfig.from_pretrained(converted.folder)
-    config.weaver["recipe"]["finetune"] = settings
+    config.weaver["recipe"]["finetune"] = run.request.config
     config.save_pretrained(folder)
     write_card(folder, converted.account(), config.weaver["recipe"])
 
@@ -105,10 +177,22 @@ def _part(name: str, tensor: Tensor) -> Part:
     return Part({name: tensor.numel() * tensor.itemsize}, lambda: {name: tensor})
 
 
-def _summary(report: TrainingReport) -> dict[str, Any]:
+def _summary(report: TrainingReport, phases: Sequence[PhaseConfig]) -> dict[str, Any]:
+    assert report.best is not None
     return {
         "losses": list(report.losses),
         "tokens": report.tokens,
         "seconds": round(report.seconds, 3),
         "resumed_from": report.resumed_from,
+        "phases": [
+            {
+                "trainable": phase.trainable,
+                "objective": phase.objective,
+                "steps": phase.steps,
+                "steps_done": done,
+            }
+            for phase, done in zip(phases, report.phase_steps, strict=True)
+        ],
+        "evaluations": [each.to_dict() for each in report.evaluations],
+        "best_step": report.best.step,
     }

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.store import read_json
-from weaver.config import DtypeName, ModelConfig
+from weaver.config.sections import DtypeName, ModelConfig
 from weaver.errors import WeaverError
 from weaver.evaluation.generation import (
     NGRAM,

@@ -10,7 +10,7 @@ import torch
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
-from weaver.config import CalibrateConfig, ModelConfig, RouterConfig
+from weaver.config.sections import CalibrateConfig, ModelConfig, RouterConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import DTYPES, Checkpoint
 from weaver.stages.finished import layer_path, parent

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weaver.config import PartitionConfig
+from weaver.config.sections import PartitionConfig
 from weaver.errors import WeaverError
 from weaver.methods.allocation import active_neurons
 from weaver.methods.registry import get_method, resolve_options

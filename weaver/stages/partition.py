@@ -10,7 +10,7 @@ from torch import nn
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import ExpertLayout
-from weaver.config import PartitionConfig, RouterConfig
+from weaver.config.sections import PartitionConfig, RouterConfig
 from weaver.methods.base import MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.accounting import LayerShape

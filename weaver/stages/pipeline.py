@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weaver.artifacts.manifest import MANIFEST, StageManifest
-from weaver.config import RunConfig
+from weaver.config.loading import RunConfig
 from weaver.errors import WeaverError
 from weaver.stages.assemble import assemble
 from weaver.stages.bench import bench

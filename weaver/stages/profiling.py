@@ -13,7 +13,7 @@ from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.statistics import LayerStatistics, input_rows, sample_positions
 from weaver.artifacts.store import read_metadata, write_tensors
 from weaver.artifacts.types import LayerProfile
-from weaver.config import CalibrateConfig
+from weaver.config.sections import CalibrateConfig
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
 from weaver.models.stream import SPILL_FILE, DecoderStream, DenseFfn, FfnObserver, InputTap

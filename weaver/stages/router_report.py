@@ -13,7 +13,7 @@ from weaver.algorithms.statistics import LayerStatistics, sample_positions
 from weaver.artifacts.manifest import InputRef
 from weaver.artifacts.results import LayerRouterScores, RouterReport, RouterScores
 from weaver.artifacts.types import ExpertLayout, LayerProfile
-from weaver.config import PartitionConfig
+from weaver.config.sections import PartitionConfig
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
 from weaver.evaluation.fidelity import KeptInputs, module_fidelity

@@ -15,7 +15,7 @@ import torch
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.store import write_record
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router, Selection
-from weaver.config import RouterConfig
+from weaver.config.sections import RouterConfig
 from weaver.errors import WeaverError
 from weaver.methods.base import MethodSpec
 from weaver.methods.compensation import CompensationPlan, solve_compensation

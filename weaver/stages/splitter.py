@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from weaver.artifacts.types import ExpertLayout, LayerProfile
-from weaver.config import PartitionConfig
+from weaver.config.sections import PartitionConfig
 from weaver.methods.allocation import active_neurons, plan_width
 from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
 from weaver.methods.layouts import dense_layout

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from weaver.artifacts.manifest import MANIFEST, read_manifest
 from weaver.artifacts.store import read_json
 from weaver.artifacts.verification import Verification
-from weaver.config import VerifyConfig
+from weaver.config.sections import VerifyConfig
 from weaver.data.packing import windows
 from weaver.data.sources import parse_data_spec, read_documents
 from weaver.errors import WeaverError

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from weaver.artifacts.store import read_tensors, write_tensors
 from weaver.errors import WeaverError
+from weaver.training.guard import Evaluation, prune_best
 
 _PATTERN = "step-*.safetensors"
 
@@ -24,7 +25,8 @@ class TrainingState:
 
     Args:
         parameters: the trained parameters by name.
-        buffers: the buffers that training changes (balance biases) by name.
+        buffers: what changes without an optimizer, by name: balance biases, and parameters that
+            earlier phases have trained and this one leaves alone.
         optimizer: its state is kept per parameter.
     """
 
@@ -80,14 +82,74 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come: the loss of every step done, and the seconds they took."""
+    """How far a training has come.
 
-    losses: tuple[float, ...]
-    seconds: float
+    Args:
+        losses: loss of every step done, over all phases.
+        seconds: time that they took.
+        phase_starts: steps done before each phase, up to the one at work.
+        evaluations: what the guard saw.
+    """
+
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
+    phase_starts: tuple[int, ...] = (0,)
+    evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def step(self) -> int:
+        """Steps done, over all phases."""
         return len(self.losses)
+
+    @property
+    def phase(self) -> int:
+        """The phase at work, counted from 0."""
+        return len(self.phase_starts) - 1
+
+    @property
+    def phase_step(self) -> int:
+        """Steps done of the phase at work."""
+        return self.step - self.phase_starts[-1]
+
+    @property
+    def phase_steps(self) -> tuple[int, ...]:
+        """Steps done of every phase, up to the one at work."""
+        ends = (*self.phase_starts[1:], self.step)
+        return tuple(end - start for start, end in zip(self.phase_starts, ends, strict=True))
+
+    def metadata(self) -> dict[str, Any]:
+        """All but the losses, as JSON values."""
+        return {
+            "seconds": self.seconds,
+            "phase_starts": list(self.phase_starts),
+            "evaluations": [each.to_dict() for each in self.evaluations],
+        }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found on disk.
+
+    Args:
+        path: the file.
+        progress: how far the training had come.
+        tensors: the state, as ``TrainingState.tensors`` gave it.
+    """
+
+    path: Path
+    progress: Progress
+    tensors: Mapping[str, Tensor]
+
+    def load(self, state: TrainingState) -> None:
+        """Put it into the model and the optimizer.
+
+        Raises:
+            WeaverError: it was written for another model.
+        """
+        try:
+            state.load(self.tensors)
+        except ValueError as error:
+            raise _unfit(self.path, error) from error
 
 
 def save_checkpoint(
@@ -104,42 +166,45 @@ def save_checkpoint(
     path = folder / f"step-{progress.step:08d}.safetensors"
     tensors = state.tensors()
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
-    write_tensors(path, tensors, {"settings": dict(settings), "seconds": progress.seconds})
+    write_tensors(path, tensors, {"settings": dict(settings), **progress.metadata()})
     for other in folder.glob(_PATTERN):
         if other != path:
             other.unlink()
     return path
 
 
-def load_checkpoint(folder: Path, state: TrainingState, settings: Mapping[str, Any]) -> Progress:
-    """Load the newest checkpoint into ``state``; nothing there means nothing done.
+def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
+    """The newest checkpoint; None means nothing done.
 
     Raises:
-        WeaverError: the file is damaged, was written with other settings, or for another model.
+        WeaverError: the file is damaged, or was written with other settings.
     """
     paths = sorted(folder.glob(_PATTERN))
     if not paths:
-        return Progress((), 0.0)
+        return None
     path = paths[-1]
-    fix = f"delete {path} and rerun the same command: it then starts at step 0"
-    tensors, metadata = read_tensors(path, rebuild=fix)
+    tensors, metadata = read_tensors(path, rebuild=_start_again(path))
     _check_settings(path, metadata.get("settings", {}), settings)
     losses = tensors.pop("losses", None)
     try:
         if losses is None:
             raise ValueError("losses is missing")
-        state.load(tensors)
-    except ValueError as error:
-        raise WeaverError(
-            f"{path}: does not fit the model that is being trained", why=str(error), fix=fix
-        ) from error
-    return Progress(tuple(losses.tolist()), float(metadata["seconds"]))
+        progress = Progress(
+            losses=tuple(losses.tolist()),
+            seconds=float(metadata["seconds"]),
+            phase_starts=tuple(metadata["phase_starts"]),
+            evaluations=tuple(map(Evaluation.from_dict, metadata["evaluations"])),
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise _unfit(path, error) from error
+    return Checkpoint(path, progress, tensors)
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a finished training, and the folder if it is then empty."""
+    """Delete what a finished training leaves, and the folder if it is then empty."""
     for path in folder.glob(_PATTERN):
         path.unlink()
+    prune_best(folder, keep=())
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -149,6 +214,18 @@ def windows_digest(windows_WT: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(windows_WT.shape)).encode())
     digest.update(windows_WT.to("cpu", torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _start_again(path: Path) -> str:
+    return f"delete {path} and rerun the same command: it then starts at step 0"
+
+
+def _unfit(path: Path, error: Exception) -> WeaverError:
+    return WeaverError(
+        f"{path}: does not fit the model that is being trained",
+        why=str(error),
+        fix=_start_again(path),
+    )
 
 
 def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

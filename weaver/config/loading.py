@@ -1,157 +1,28 @@
-"""The configuration of every stage, validated at the edge.
-
-One YAML file describes a whole conversion; each section is one stage. A section's resolved values
-are part of the stage's fingerprint, so everything that changes a result stands here and nothing
-else does (progress bars, thread counts and the like are not configuration). The one exception is
-``assemble.smoke_test``, which a run file has to be able to switch off.
-"""
+"""From a YAML file, overrides and flags to validated sections."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ValidationError
 
+from weaver.config.finetuning import FinetuneConfig
+from weaver.config.sections import (
+    AssembleConfig,
+    BenchConfig,
+    CalibrateConfig,
+    EvalConfig,
+    ModelConfig,
+    PartitionConfig,
+    RouterConfig,
+    Section,
+)
 from weaver.errors import WeaverError
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 S = TypeVar("S", bound=Section)
-
-
-class ModelConfig(Section):
-    """The dense model: a local folder, a .gguf file, or a hub name."""
-
-    path: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    dtype: DtypeName = "auto"
-
-
-class CalibrateConfig(Section):
-    """Which text is run through the model, and which statistics are kept."""
-
-    data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
-    tokens: int = Field(32768, gt=0)
-    sequence_length: int = Field(512, gt=1)
-    activation_top_k: int = Field(10, gt=0)
-    input_sample_mb: float = Field(256.0, gt=0)
-
-
-class RouterConfig(Section):
-    """How the router is built and what makes up for skipped experts. ``None``: as the method does.
-
-    ``refit`` re-solves the down projection, ``constants`` supplies the mean output of skipped
-    experts, ``shrinkage`` holds the candidates for the refit's pull toward the original weights.
-    """
-
-    kind: str | None = None
-    refit: bool | None = None
-    constants: bool | None = None
-    shrinkage: tuple[PositiveFloat, ...] = Field((0.03, 0.1, 0.3, 1.0), min_length=1)
-
-
-class PartitionConfig(Section):
-    """How every FFN is split. ``None`` means the method's own default.
-
-    ``propagate`` is the router of the layers in front, when layers are split sequentially; it is
-    set to the ``router`` section, so that they route as the converted model will.
-    """
-
-    method: str = "weave"
-    sparsity: float = Field(0.25, gt=0, lt=1)
-    num_experts: int | None = Field(None, gt=0)
-    expert_width_multiple: int = Field(1, gt=0)
-    allocation: Literal["uniform", "adaptive", "fisher"] | None = None
-    sequential: bool | None = None
-    propagate: RouterConfig | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-class AssembleConfig(Section):
-    """How the converted model is written.
-
-    ``smoke_test``: try it on a few hundred tokens afterwards. It is part of the file and not of the
-    fingerprint, since the model that is written is the same with and without.
-    """
-
-    dtype: DtypeName = "auto"
-    max_shard_size: str = "5GB"
-    smoke_test: bool = True
-
-
-class FinetuneConfig(Section):
-    """A short fine-tuning of the converted model."""
-
-    data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
-    trainable: Literal["all", "router"] = "all"
-    steps: int = Field(50, gt=0)
-    batch_size: int = Field(4, gt=0)
-    sequence_length: int = Field(256, gt=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    router_scale_learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(5, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    balance_update: float = Field(1e-3, ge=0)
-    checkpoint_every: int = Field(10, gt=0)
-
-
-class EvalConfig(Section):
-    """What is measured on the converted model, next to the dense one."""
-
-    data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
-    sequence_length: int = Field(2048, gt=1)
-    windows: int | None = Field(14, gt=0)
-    tasks: tuple[str, ...] = ()
-    task_limit: int | None = Field(500, gt=0)
-    router: bool = False
-    dtype: DtypeName = "auto"
-
-
-class BenchConfig(Section):
-    """Which speeds are measured."""
-
-    tokens: tuple[PositiveInt, ...] = (1, 128, 512)
-    decode_tokens: int = Field(32, ge=0)
-    repeats: int = Field(10, gt=0)
-    warmup: int = Field(2, ge=0)
-    dtype: DtypeName = "auto"
-    threads: int | None = Field(None, gt=0)
-
-
-class ExportConfig(Section):
-    """How a converted model is written for other runtimes. No target: the best that fits.
-
-    ``quantisation`` is of GGUF alone, f16 if left out.
-    """
-
-    target: str | None = None
-    approximate: bool = False
-    remote_code: bool = False
-    quantisation: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    dtype: DtypeName = "auto"
-    max_shard_size: str = "5GB"
-
-
-class VerifyConfig(Section):
-    """On what an export is compared with the model it was made from."""
-
-    data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
-    tokens: int = Field(4096, gt=1)
-    sequence_length: int = Field(512, gt=16)
-    new_tokens: int = Field(16, gt=0)
-    max_kl: float = Field(1e-3, gt=0)
-    dtype: DtypeName = "float32"
 
 
 class RunConfig(Section):

@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from weaver.config import (
-    CalibrateConfig,
-    EvalConfig,
-    ModelConfig,
-    PartitionConfig,
-    RunConfig,
-    load_run_config,
-    load_section,
-    load_seed,
-    parse_config,
-)
+from weaver.config.loading import RunConfig, load_run_config, load_section, load_seed, parse_config
+from weaver.config.sections import CalibrateConfig, EvalConfig, ModelConfig, PartitionConfig
 from weaver.errors import WeaverError
 
 

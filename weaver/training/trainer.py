@@ -1,0 +1,184 @@
+"""The steps of a phase: update, load balance, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from weaver.config.finetuning import PhaseConfig
+from weaver.errors import WeaverError
+from weaver.training.balance import ExpertLoadCounter
+from weaver.training.batches import batch_indices, step_seed
+from weaver.training.checkpoint import Progress, save_checkpoint
+from weaver.training.guard import Evaluation, Guard, HeldOut, load_best, prune_best, save_best
+from weaver.training.loss import training_loss
+from weaver.training.optimizer import learning_rate_factor
+from weaver.training.phase import PhaseModel, plain_tensor
+
+CLIP_NORM = 1.0
+
+
+class NotFiniteError(Exception):
+    """Says what of a step is not finite, and at which step of the phase."""
+
+
+@dataclass
+class Trainer:
+    """A training at work; ``progress`` moves with every step.
+
+    Args:
+        model: the model.
+        seed: order of the windows and dropout.
+        folder: where checkpoints and best weights lie.
+        settings: what a checkpoint must have been written with.
+        checkpoint_every: steps between checkpoints, over all phases.
+        names: tensors that any phase changes, by their names without adapters.
+        teacher, guard, on_step, on_evaluation: as of ``weaver.training.loop.finetune``.
+        progress: how far the training has come.
+        saved_best: step of the best weights that the newest checkpoint refers to.
+    """
+
+    model: PreTrainedModel
+    seed: int
+    folder: Path
+    settings: dict[str, Any]
+    checkpoint_every: int
+    names: list[str]
+    teacher: PreTrainedModel | None
+    guard: Guard | None
+    on_step: Callable[[int, float], None] | None
+    on_evaluation: Callable[[Evaluation], None] | None
+    progress: Progress
+    saved_best: int | None
+
+    def run_phase(self, at_work: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> None:
+        """The steps of a phase that are not done yet.
+
+        Raises:
+            NotFiniteError: a loss, gradient or evaluation is not finite.
+            WeaverError: the untrained model cannot be evaluated, or the folder not be written.
+        """
+        if self.guard is not None and not self.progress.evaluations:
+            # What fails here is none of the training's.
+            self.model.eval()
+            self._note(self.guard.evaluate(self.model), at_work, self.guard)
+        while not self._is_over(phase):
+            self._step(at_work, phase, windows_WT)
+            if self.guard is not None and self._is_due(self.guard, phase):
+                self._note(self._measure(self.guard), at_work, self.guard)
+            if self.progress.step % self.checkpoint_every == 0:
+                self._save(at_work)
+            if self.on_step is not None:
+                self.on_step(self.progress.step, self.progress.losses[-1])
+
+    def next_phase(self) -> None:
+        """Note that the next phase begins here."""
+        starts = (*self.progress.phase_starts, self.progress.step)
+        self.progress = replace(self.progress, phase_starts=starts)
+
+    def restore_best(self) -> Evaluation | None:
+        """Put the best weights so far into the model, which has no adapters now.
+
+        Returns:
+            Their evaluation; None without a guard, which leaves the model as it is.
+        """
+        if self.guard is None:
+            return None
+        best = self.guard.best(self.progress.evaluations)
+        tensors = load_best(self.folder, best.step)
+        with torch.no_grad():
+            for name in self.names:
+                plain_tensor(self.model, name).copy_(tensors[name])
+        return best
+
+    def _is_over(self, phase: PhaseConfig) -> bool:
+        if self.progress.phase_step >= phase.steps:
+            return True
+        guard, progress = self.guard, self.progress
+        return guard is not None and guard.exhausted(progress.evaluations, progress.phase)
+
+    def _is_due(self, guard: Guard, phase: PhaseConfig) -> bool:
+        step = self.progress.phase_step
+        return step % guard.every == 0 or step == phase.steps
+
+    def _step(self, at_work: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> None:
+        began = time.perf_counter()
+        step = self.progress.phase_step
+        ids_B = batch_indices(step, windows_WT.shape[0], phase.batch_size, self.seed)
+        torch.manual_seed(step_seed(self.seed, self.progress.step))
+        self.model.train()
+        ids_BT = windows_WT[ids_B].to(self.model.device, torch.int64)
+        if phase.balance_update:
+            with ExpertLoadCounter(self.model) as loads:
+                loss = self._update(at_work, phase, ids_BT)
+                loads.apply(phase.balance_update)
+        else:
+            loss = self._update(at_work, phase, ids_BT)
+        seconds = self.progress.seconds + time.perf_counter() - began
+        losses = (*self.progress.losses, loss)
+        self.progress = replace(self.progress, losses=losses, seconds=seconds)
+
+    def _update(self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor) -> float:
+        optimizer, step = at_work.state.optimizer, self.progress.phase_step
+        factor = learning_rate_factor(step, phase.steps, phase.warmup_steps, phase.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(phase, ids_BT)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NotFiniteError(f"loss is {value} at step {step + 1}")
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(at_work.state.parameters.values(), CLIP_NORM))
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"norm of the gradients is {norm} at step {step + 1}")
+        optimizer.step()
+        return value
+
+    def _loss(self, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
+        if phase.objective == "next-token":
+            return training_loss(self.model, ids_BT)
+        assert phase.distill_weight is not None, "the phase is not resolved"
+        return training_loss(
+            self.model, ids_BT, teacher=self.teacher, distill_weight=phase.distill_weight
+        )
+
+    def _measure(self, guard: Guard) -> HeldOut:
+        """The model on held-out text; what could be measured before and no more has diverged."""
+        self.model.eval()
+        step = self.progress.phase_step
+        try:
+            held_out = guard.evaluate(self.model)
+        except WeaverError as error:
+            raise NotFiniteError(f"{error.what}, after step {step}") from error
+        for name in ("kl", "perplexity"):
+            value = getattr(held_out, name)
+            if not math.isfinite(value):
+                raise NotFiniteError(f"held-out {name} is {value} after step {step}")
+        return held_out
+
+    def _note(self, held_out: HeldOut, at_work: PhaseModel, guard: Guard) -> None:
+        found = Evaluation(self.progress.step, self.progress.phase, held_out)
+        evaluations = (*self.progress.evaluations, found)
+        self.progress = replace(self.progress, evaluations=evaluations)
+        if guard.best(evaluations) is found:
+            save_best(self.folder, found.step, at_work.merged(self.names))
+            # A resumed training begins with the best weights that its checkpoint knows.
+            saved = set() if self.saved_best is None else {self.saved_best}
+            prune_best(self.folder, {found.step} | saved)
+        if self.on_evaluation is not None:
+            self.on_evaluation(found)
+
+    def _save(self, at_work: PhaseModel) -> None:
+        save_checkpoint(self.folder, at_work.state, self.progress, self.settings)
+        if self.guard is not None:
+            self.saved_best = self.guard.best(self.progress.evaluations).step
+            prune_best(self.folder, {self.saved_best})
