@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 STAGES = ("partition", "build-router", "assemble")
@@ -16,17 +17,29 @@ def weaver(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "weaver", *words], check=True)
 
 
-def convert(run_dir: Path, calibration: Path, config: Path, *overrides: str) -> Path:
+def set_words(overrides: Sequence[str]) -> list[str]:
+    """``section.key=value`` texts as words of a command."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def convert(
+    run_dir: Path,
+    calibration: Path,
+    config: Path,
+    *overrides: str,
+    calibrate: Sequence[str | Path] = (),
+) -> Path:
     """A conversion on the calibration of another run directory, which is made if it is not there.
 
     Args:
         run_dir: the run directory; finished stages are skipped.
         calibration: run directory of the calibration.
         config: a configuration file.
-        overrides: ``section.key=value`` over the file.
+        overrides: ``section.key=value`` over the file, for the stages after calibrate.
+        calibrate: more words for ``weaver calibrate``.
     """
-    weaver("calibrate", "--config", config, "--run-dir", calibration)
-    changed = [word for override in overrides for word in ("--set", override)]
+    weaver("calibrate", "--config", config, "--run-dir", calibration, *calibrate)
+    changed = set_words(overrides)
     for stage in STAGES:
         arguments: list[str | Path] = ["--config", config, "--run-dir", run_dir, *changed]
         if stage == "partition":

@@ -230,6 +230,37 @@ def test_both_paths_of_a_threshold_have_the_same_gradients(
         torch.testing.assert_close(found[1][name], masked, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("path", ["masked", "grouped"])
+def test_autocast_is_the_kernel_in_16_bits(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(ops, "choose_path", lambda *_: path)
+    module = MoEFeedForward.convert(WEIGHTS, LAYOUT, ROUTER, COMPENSATION)
+    module.requires_grad_(True)
+    x_TD = torch.tensor([[1.01, 1.0], [3.0, 2.01], [3.0, 1.0]], requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_TD = module(x_TD)
+    assert found_TD.dtype == torch.bfloat16
+    sixteen = MoEFeedForward.convert(WEIGHTS, LAYOUT, ROUTER, COMPENSATION).to(torch.bfloat16)
+    assert torch.equal(found_TD, sixteen(x_TD.to(torch.bfloat16)))
+    found_TD.float().sum().backward()
+    assert x_TD.grad is not None
+    assert x_TD.grad.dtype == torch.float32
+    for name in ("gate_weight", "up_weight", "down_weight", "expert_bias"):
+        grad = module.get_parameter(name).grad
+        assert grad is not None, name
+        assert grad.dtype == torch.float32
+        assert grad.abs().max() > 0, name
+
+
+def test_autocast_takes_a_static_layer() -> None:
+    layout = ExpertLayout(4, 0, torch.tensor([2, 0]), torch.empty(0, 0, dtype=torch.int64))
+    module = MoEFeedForward.convert(WEIGHTS, layout, None)
+    x_TD = torch.tensor([[3.0, 2.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found_TD = module(x_TD)
+    assert found_TD.dtype == torch.bfloat16
+    assert torch.equal(found_TD.float(), module(x_TD))
+
+
 def generate(model: Any, ids_WT: Tensor, **options: Any) -> Any:
     """Greedy continuation by six tokens."""
     options |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

@@ -113,7 +113,7 @@ def test_repeated_steps_balance_the_load(make_model: Callable[..., LlamaForCausa
         before = spread(counter.take()[name])
         for _ in range(80):
             model(input_ids=ids_BT)
-            counter.apply(0.01)
+            counter.apply(counter.take(), 0.01)
         model(input_ids=ids_BT)
         after = spread(counter.take()[name])
     assert before > 0.5
@@ -134,7 +134,7 @@ def test_a_threshold_is_led_back_to_its_mean() -> None:
         assert counter.take()["0"].counts_E.min() > 450
         for _ in range(150):
             ffn(x_TD)
-            counter.apply(0.1)
+            counter.apply(counter.take(), 0.1)
         ffn(x_TD)
         load = counter.take()["0"]
     assert load.counts_E.tolist() == pytest.approx([256] * 4, rel=0.1)

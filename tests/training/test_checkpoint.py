@@ -17,6 +17,7 @@ from weaver.config.finetuning import FinetuneConfig
 from weaver.errors import WeaverError
 from weaver.training.checkpoint import remove_checkpoints, windows_digest
 from weaver.training.loop import finetune
+from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 CONFIG = FinetuneConfig(steps=5, batch_size=2, warmup_steps=1, checkpoint_every=2)
@@ -30,8 +31,8 @@ class InterruptionError(Exception):
 def checkpoint(make_model: ModelFactory, windows_WT: Tensor, tmp_path: Path) -> Path:
     """The checkpoint of step 4, left by a training that stopped there."""
 
-    def on_step(step: int, _loss: float) -> None:
-        if step == 4:
+    def on_step(report: StepReport) -> None:
+        if report.step == 4:
             raise InterruptionError
 
     with pytest.raises(InterruptionError, match=r"^$"):

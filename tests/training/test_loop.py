@@ -13,6 +13,8 @@ from transformers import LlamaForCausalLM
 from weaver.config.finetuning import FinetuneConfig
 from weaver.errors import WeaverError
 from weaver.training.loop import TrainingReport, finetune
+from weaver.training.optimizer import learning_rate_factor
+from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 CONFIG = FinetuneConfig(
@@ -24,9 +26,9 @@ class InterruptionError(Exception):
     """What stops a training in these tests."""
 
 
-def stop_at(step: int) -> Callable[[int, float], None]:
-    def on_step(done: int, _loss: float) -> None:
-        if done == step:
+def stop_at(step: int) -> Callable[[StepReport], None]:
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
             raise InterruptionError
 
     return on_step
@@ -35,21 +37,29 @@ def stop_at(step: int) -> Callable[[int, float], None]:
 def test_loss_falls_and_the_report_counts(
     make_model: ModelFactory, windows_WT: Tensor, tmp_path: Path
 ) -> None:
-    seen: list[tuple[int, float]] = []
+    seen: list[StepReport] = []
     report = finetune(
         make_model(),
         [windows_WT],
         CONFIG.model_copy(update={"steps": 60}),
         seed=0,
         checkpoint_dir=tmp_path,
-        on_step=lambda step, loss: seen.append((step, loss)),
+        on_step=seen.append,
     )
     assert report.losses[-1] < 0.5 * report.losses[0]
     assert report.losses[0] == pytest.approx(3.7, abs=0.3)  # ln 40 = 3.69
     assert report.tokens == 60 * 4 * 12
     assert report.seconds > 0
     assert report.resumed_from == 0
-    assert seen == [(index + 1, loss) for index, loss in enumerate(report.losses)]
+    assert [each.step for each in seen] == list(range(1, 61))
+    assert tuple(each.loss for each in seen) == report.losses
+    assert seen[0].learning_rate == pytest.approx(
+        CONFIG.learning_rate * learning_rate_factor(0, 60, CONFIG.warmup_steps, CONFIG.schedule)
+    )
+    balances = [each.balance for each in seen if each.balance is not None]
+    assert len(balances) == 60
+    assert all(each.max_over_mean >= 1 and 0 <= each.idle < 1 for each in balances)
+    assert all(each.tokens_per_second > 0 for each in seen)
 
 
 def test_first_step_is_adamw_by_hand(
@@ -77,7 +87,7 @@ def run(
     windows_WT: Tensor,
     folder: Path,
     config: FinetuneConfig,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainingReport:
     return finetune(model, [windows_WT], config, seed=3, checkpoint_dir=folder, on_step=on_step)
 
@@ -167,8 +177,8 @@ def test_diverging_loss_is_an_error_and_keeps_the_checkpoint(
 ) -> None:
     model = make_model()
 
-    def spoil(step: int, _loss: float) -> None:
-        if step == 3:
+    def spoil(report: StepReport) -> None:
+        if report.step == 3:
             with torch.no_grad():
                 model.lm_head.weight.fill_(float("nan"))
 

@@ -18,6 +18,7 @@ from weaver.errors import WeaverError
 from weaver.training.guard import Evaluation, Guard, HeldOut
 from weaver.training.loop import DivergedError, TrainingReport, finetune
 from weaver.training.loss import training_loss
+from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 Evaluate = Callable[[PreTrainedModel], HeldOut]
@@ -92,9 +93,9 @@ def run(
     )
 
 
-def stop_at(step: int) -> Callable[[int, float], None]:
-    def on_step(done: int, _loss: float) -> None:
-        if done == step:
+def stop_at(step: int) -> Callable[[StepReport], None]:
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
             raise InterruptionError
 
     return on_step
@@ -227,8 +228,8 @@ def test_a_loss_that_is_not_finite_leaves_the_best_weights(
     evaluate, states = scripted(0.5, 0.4, 0.6)
     repeated = scripted_until(evaluate, 4)
 
-    def spoil(step: int, _loss: float) -> None:
-        if step == 5:
+    def spoil(report: StepReport) -> None:
+        if report.step == 5:
             with torch.no_grad():
                 model.model.norm.weight.fill_(float("inf"))
 

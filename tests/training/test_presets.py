@@ -104,8 +104,8 @@ def test_what_is_refused(values: dict[str, Any], message: str) -> None:
 def test_what_is_recorded_is_a_configuration_of_the_same_phases(values: dict[str, Any]) -> None:
     config = parse(**values)
     phases = resolve_phases(config)
-    recorded = resolved_config(config, phases)
+    recorded = resolved_config(config, phases, "float32")
     again = parse(**recorded)
     assert resolve_phases(again) == phases
-    assert resolved_config(again, phases) == recorded
+    assert resolved_config(again, phases, "float32") == recorded
     assert again.patience == config.patience

@@ -25,6 +25,7 @@ from weaver.cli import (
     run,
     verify,
 )
+from weaver.cli.session import is_follower
 from weaver.errors import WeaverError
 
 
@@ -40,6 +41,8 @@ class WeaverGroup(TyperGroup):
         except WeaverError as error:
             if ctx.params.get("debug"):
                 raise
+            if is_follower():
+                raise typer.Exit(1) from error
             console.print(f"[red]error:[/red] {_escape(error.what)}", highlight=False)
             console.print(f"  why: {_escape(error.why)}", highlight=False)
             console.print(f"  fix: {_escape(error.fix)}", highlight=False)

@@ -32,6 +32,9 @@ def finetune(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    report_to: Annotated[
+        str | None, typer.Option(help="Curves for tensorboard, trackio or wandb.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -39,7 +42,10 @@ def finetune(
     dry_run: DryRun = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Train the converted model for some steps, and keep its best weights on held-out text."""
+    """Train the converted model for some steps, and keep its best weights on held-out text.
+
+    torchrun or accelerate launch start several processes that train together.
+    """
     flags = {
         "data": data,
         "preset": preset,
@@ -61,7 +67,7 @@ def finetune(
         dry_run=dry_run,
         data_dir=data_dir,
     )
-    run_stage(context, "finetune", lambda c: stage(c, settings))
+    run_stage(context, "finetune", lambda c: stage(c, settings, report_to=report_to))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ def make_context(
     from weaver.stages.runner import StageContext
 
     quiet_libraries()
+    if is_follower():
+        return StageContext(run_dir, seed, force, dry_run, data_dir)
     return StageContext(
         run_dir=run_dir,
         seed=seed,
@@ -61,9 +64,17 @@ def run_stage(
         else:
             console.print(f"{stage}: complete, would be skipped")
         return
+    if is_follower():
+        call(context)
+        return
     with locked(context.run_dir):
         manifest = call(context)
     show_manifest(console, stage, manifest, folder or context.folder(stage))
+
+
+def is_follower() -> bool:
+    """Whether this process trains beside a main one, which holds the lock and speaks."""
+    return int(os.environ.get("RANK", "0")) > 0
 
 
 def quiet_libraries() -> None:

@@ -83,12 +83,14 @@ class FinetuneConfig(PhaseConfig):
     phases; beside ``phases``, which say everything themselves, they are refused. On
     ``eval_windows`` windows of ``eval_data`` the model is compared with the dense one every
     ``evaluate_every`` steps; the weights with the lowest ``best_by`` are the result. A phase ends
-    after ``patience`` evaluations without a new best (None: never).
+    after ``patience`` evaluations without a new best (None: never). ``precision`` is that of matrix
+    products; "auto" is bfloat16 where the device is fast at it. Weights are trained in float32.
     """
 
     data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
     preset: Literal["cmoe-2k", "distill-2k"] | None = None
     phases: tuple[PhaseConfig, ...] | None = Field(None, min_length=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
     eval_windows: int = Field(4, gt=0)
     eval_sequence_length: int = Field(256, gt=1)

@@ -141,19 +141,30 @@ class MoEFeedForward(nn.Module):
 
     def _compute(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weights, shared = self.weights(), self.shape.num_shared_neurons
+        device = x_TD.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._ffn(x_TD, self.weights(), self.expert_bias).view_as(hidden_states)
+        # The kernels take one dtype, and autocast knows nothing of them. Router scores stay in
+        # float32, as they are in a model that is stored in 16 bits.
+        dtype = torch.get_autocast_dtype(device)
+        bias_ED = None if self.expert_bias is None else self.expert_bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            y_TD = self._ffn(x_TD.to(dtype), self.weights().to(dtype), bias_ED)
+        return y_TD.view_as(hidden_states)
+
+    def _ffn(self, x_TD: Tensor, weights: GluWeights, expert_bias_ED: Tensor | None) -> Tensor:
+        shared = self.shape.num_shared_neurons
         if self.router is None:
-            return moe_forward(x_TD, weights, None, shared).view_as(hidden_states)
-        y_TD = layer_forward(
+            return moe_forward(x_TD, weights, None, shared)
+        return layer_forward(
             x_TD,
             weights,
             self.router(),
             self.top_k,
             self.shape.selection,
             shared,
-            self.expert_bias,
+            expert_bias_ED,
         )
-        return y_TD.view_as(hidden_states)
 
     def extra_repr(self) -> str:
         s = self.shape

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
@@ -21,6 +22,7 @@ from weaver.evaluation.perplexity import compare
 from weaver.kernels.machine import cpu_features
 from weaver.models.loading import load_model
 from weaver.models.writing import Part, parse_size, write_shards
+from weaver.report.tracking import Log, tracking
 from weaver.stages.card import write_card
 from weaver.stages.converted import ConvertedModel, companions, open_converted
 from weaver.stages.runner import StageContext, StageRun
@@ -29,22 +31,30 @@ from weaver.training.guard import Evaluation, Guard, HeldOut
 from weaver.training.loop import DivergedError, TrainingReport
 from weaver.training.loop import finetune as train
 from weaver.training.presets import resolve_phases, resolved_config
+from weaver.training.trainer import StepReport
+from weaver.training.workers import PRECISIONS, Workers
 
 STAGE = "finetune"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 
 
-def finetune(context: StageContext, config: FinetuneConfig) -> StageManifest:
+def finetune(
+    context: StageContext, config: FinetuneConfig, *, report_to: str | None = None
+) -> StageManifest:
     """Train the assembled model for some steps and write its best weights to ``finetune/model``.
 
     Training runs in float32 whatever the stored dtype is: 16-bit weights would swallow small
     updates. The result is stored in the dtype of the assembled model. The dense model, which the
     held-out evaluations compare with and ``distill`` learns from, is loaded beside it.
 
+    Several processes (``torchrun``, ``accelerate launch``) train together; all of them run this,
+    and the main one alone writes.
+
     Args:
         context: run directory, seed, progress, data folder.
         config: text, phases, learning rates, evaluations.
+        report_to: a tracker for the curves, see ``weaver.report.tracking``.
 
     Raises:
         WeaverError: no finished conversion, no such data, or a loss that is not finite; then the
@@ -53,6 +63,8 @@ def finetune(context: StageContext, config: FinetuneConfig) -> StageManifest:
     converted = open_converted(context, finetuned=False)
     tokenizer = converted.dense.tokenizer()
     phases = resolve_phases(config)
+    workers = Workers.join(_precision(config))
+    _check_batches(phases, workers)
     lengths = sorted({phase.sequence_length for phase in phases})
     texts = {n: _windows(context, config.data, tokenizer, n, limit=None) for n in lengths}
     held_out_WT = _windows(
@@ -61,7 +73,7 @@ def finetune(context: StageContext, config: FinetuneConfig) -> StageManifest:
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config=resolved_config(config, phases),
+        config=resolved_config(config, phases, workers.precision_name),
         inputs={
             "assemble": converted.ref,
             "data": _data_ref(config.data, texts),
@@ -71,34 +83,112 @@ def finetune(context: StageContext, config: FinetuneConfig) -> StageManifest:
     run = StageRun(context, request, converted.manifest.model, converted.manifest.dtype)
     if run.status == "skip":
         return run.skipped()
+    job = _Job(converted, config, phases, texts, held_out_WT, workers)
+    workers.wait()  # until all have seen what is on disk before this run
+    if not workers.is_main:
+        job.train(context, run.folder, lambda _values, _step: None)
+        workers.wait()  # for the manifest
+        return run.skipped()
     run.begin()
-    model = load_model(converted.folder, torch.float32)
-    dense = _load_teacher(converted)
-    guard = Guard(
-        lambda tuned: _held_out(dense, tuned, held_out_WT),
-        config.evaluate_every,
-        config.best_by,
-        config.patience,
-    )
     try:
-        with context.progress(STAGE, sum(phase.steps for phase in phases)) as advance:
-            report = train(
-                model,
-                [texts[phase.sequence_length] for phase in phases],
-                config,
-                seed=context.seed,
-                checkpoint_dir=run.folder / CHECKPOINTS,
-                teacher=dense,
-                guard=guard,
-                on_step=lambda step, loss: advance(f"step {step}, loss {loss:.3f}"),
-                on_evaluation=lambda found: context.say(_line(found)),
-            )
-    except DivergedError as error:
-        _write_model(converted, model, run)
-        raise _rescued(error, run.folder / MODEL) from error
+        with tracking(report_to, context.run_dir.name, _logs(context), request.config) as log:
+            model, report = job.train(context, run.folder, log)
+    except _RescuedError as rescued:
+        _write_model(converted, rescued.model, run)
+        raise _where(rescued.error, run.folder / MODEL) from rescued.error
     _write_model(converted, model, run)
     remove_checkpoints(run.folder / CHECKPOINTS)
-    return run.finish(_summary(report, phases))
+    manifest = run.finish(_summary(report, phases))
+    workers.wait()
+    return manifest
+
+
+class _RescuedError(Exception):
+    """A training that diverged, with the model as it was at its best."""
+
+    def __init__(self, model: PreTrainedModel, error: DivergedError) -> None:
+        super().__init__(error.what)
+        self.model = model
+        self.error = error
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A training, the same in every process."""
+
+    converted: ConvertedModel
+    config: FinetuneConfig
+    phases: Sequence[PhaseConfig]
+    texts: Mapping[int, Tensor]
+    held_out_WT: Tensor
+    workers: Workers
+
+    def train(
+        self, context: StageContext, folder: Path, log: Log
+    ) -> tuple[PreTrainedModel, TrainingReport]:
+        """Train, with checkpoints in the stage's folder.
+
+        Raises:
+            _RescuedError: the training has diverged.
+        """
+        device = self.workers.device
+        model = load_model(self.converted.folder, torch.float32)
+        nn.Module.to(model, device)
+        dense = _load_teacher(self.converted, device)
+        with context.progress(STAGE, sum(phase.steps for phase in self.phases)) as advance:
+
+            def on_step(report: StepReport) -> None:
+                advance(_step_line(report))
+                log(_step_values(report), report.step)
+
+            def on_evaluation(found: Evaluation) -> None:
+                context.say(_line(found))
+                log({"kl": found.held_out.kl, "perplexity": found.held_out.perplexity}, found.step)
+
+            try:
+                report = train(
+                    model,
+                    [self.texts[phase.sequence_length] for phase in self.phases],
+                    self.config,
+                    seed=context.seed,
+                    checkpoint_dir=folder / CHECKPOINTS,
+                    teacher=dense,
+                    guard=Guard(
+                        lambda tuned: _held_out(dense, tuned, self.held_out_WT),
+                        self.config.evaluate_every,
+                        self.config.best_by,
+                        self.config.patience,
+                    ),
+                    workers=self.workers,
+                    on_step=on_step,
+                    on_evaluation=on_evaluation,
+                )
+            except DivergedError as error:
+                raise _RescuedError(model, error) from error
+        return model, report
+
+
+def _precision(config: FinetuneConfig) -> torch.dtype:
+    """bfloat16 where it is fast, unless the configuration says otherwise."""
+    if config.precision != "auto":
+        return PRECISIONS[config.precision]
+    fast = torch.cuda.is_available() or "bf16" in cpu_features()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _check_batches(phases: Sequence[PhaseConfig], workers: Workers) -> None:
+    smallest = min(phase.batch_size for phase in phases)
+    if smallest < workers.count:
+        raise WeaverError(
+            f"batch_size={smallest} for {workers.count} processes",
+            why="every process reads at least one window of a batch",
+            fix=f"--batch-size {workers.count}",
+        )
+
+
+def _logs(context: StageContext) -> Path:
+    """Beside the stage's folder: what trackers write is no output of the stage."""
+    return context.run_dir / "logs"
 
 
 def _windows(
@@ -121,17 +211,39 @@ def _data_ref(data: Sequence[str], windows_by_length: dict[int, Tensor]) -> Inpu
     return InputRef(path=", ".join(data), digest=digest)
 
 
-def _load_teacher(converted: ConvertedModel) -> PreTrainedModel:
+def _load_teacher(converted: ConvertedModel, device: torch.device) -> PreTrainedModel:
     """The dense model in its own dtype; in float32 where the processor is slow at that one."""
     own = converted.dtype("auto")
-    fast = own == torch.float32 or (own == torch.bfloat16 and "bf16" in cpu_features())
+    fast = own == torch.float32 or device.type == "cuda"
+    fast = fast or (own == torch.bfloat16 and "bf16" in cpu_features())
     model = converted.load_dense("auto" if fast else "float32")
-    return model.requires_grad_(False)
+    nn.Module.to(model.requires_grad_(False), device)
+    return model
 
 
 def _held_out(dense: PreTrainedModel, tuned: PreTrainedModel, windows_WT: Tensor) -> HeldOut:
     comparison = compare(dense, tuned, windows_WT)
     return HeldOut(comparison.moe.perplexity, comparison.kl, comparison.dense.perplexity)
+
+
+def _step_line(report: StepReport) -> str:
+    parts = [f"step {report.step}", f"loss {report.loss:.3f}"]
+    if report.balance is not None:
+        parts.append(f"load max/mean {report.balance.max_over_mean:.2f}")
+        parts.append(f"idle experts {report.balance.idle:.1%}")
+    return ", ".join([*parts, f"{report.tokens_per_second:.0f} tokens/s"])
+
+
+def _step_values(report: StepReport) -> dict[str, float]:
+    values = {
+        "loss": report.loss,
+        "learning_rate": report.learning_rate,
+        "tokens_per_second": report.tokens_per_second,
+    }
+    if report.balance is not None:
+        values |= {"load_max_over_mean": report.balance.max_over_mean}
+        values |= {"idle_experts": report.balance.idle}
+    return values
 
 
 def _line(found: Evaluation) -> str:
@@ -141,7 +253,7 @@ def _line(found: Evaluation) -> str:
     )
 
 
-def _rescued(error: DivergedError, folder: Path) -> WeaverError:
+def _where(error: DivergedError, folder: Path) -> WeaverError:
     """The same error, with the place of the best weights."""
     assert error.best is not None
     return WeaverError(

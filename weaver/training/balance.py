@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -91,6 +91,31 @@ class ExpertLoad:
         return ExpertLoad(self.counts_E + other.counts_E, self.tokens + other.tokens)
 
 
+@dataclass(frozen=True)
+class Balance:
+    """How evenly one step used the routed experts of a model.
+
+    Args:
+        max_over_mean: largest load of a layer's experts over their mean load, averaged over layers;
+            1 if all are equal.
+        idle: share of all layers' experts that no token chose.
+    """
+
+    max_over_mean: float
+    idle: float
+
+    @classmethod
+    def of(cls, loads: Mapping[str, ExpertLoad]) -> Self | None:
+        """The balance of some layers; None for none, or where no token chose any expert."""
+        counts = [load.counts_E.double() for load in loads.values() if int(load.counts_E.sum())]
+        if not counts:
+            return None
+        peaks = [float(counts_E.max() / counts_E.mean()) for counts_E in counts]
+        idle = sum(int((load.counts_E == 0).sum()) for load in loads.values())
+        experts = sum(load.counts_E.numel() for load in loads.values())
+        return cls(sum(peaks) / len(peaks), idle / experts)
+
+
 class ExpertLoadCounter:
     """Counts the tokens per expert of every routed layer while it is open.
 
@@ -127,9 +152,9 @@ class ExpertLoadCounter:
         loads, self._loads = self._loads, {}
         return loads
 
-    def apply(self, update: float) -> None:
-        """One ``balance_step`` on the router of every layer that was used since the last call."""
-        for name, load in self.take().items():
+    def apply(self, loads: Mapping[str, ExpertLoad], update: float) -> None:
+        """One ``balance_step`` on the router of every layer that has a load."""
+        for name, load in loads.items():
             layer = self._layers[name]
             bias_E = layer.router.balance_bias
             target = load.tokens * layer.top_k / layer.num_routed_experts

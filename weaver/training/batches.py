@@ -41,6 +41,7 @@ def batch_indices(step: int, num_windows: int, batch_size: int, seed: int) -> Te
     return torch.from_numpy(ids_B)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of the random numbers (dropout) of one training step, 64 bits."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """Seed of the random numbers (dropout) of one training step in one process, 64 bits."""
+    entropy = [seed, step, 0, process] if process else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -18,7 +18,8 @@ from weaver.training.checkpoint import Progress, read_checkpoint, windows_digest
 from weaver.training.guard import Evaluation, Guard
 from weaver.training.phase import changed_names, enter_phase
 from weaver.training.presets import resolve_phases
-from weaver.training.trainer import NotFiniteError, Trainer
+from weaver.training.trainer import NotFiniteError, StepReport, Trainer
+from weaver.training.workers import Workers
 
 # What this says about the data is in the digest of the windows.
 _NOT_SETTINGS = {"sequence_length"}
@@ -73,10 +74,15 @@ def finetune(
     checkpoint_dir: Path,
     teacher: PreTrainedModel | None = None,
     guard: Guard | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    workers: Workers | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
 ) -> TrainingReport:
     """Train a model in place on packed windows of tokens, phase by phase.
+
+    Matrix products run in the workers' precision, gradients and updates in float32. With several
+    workers each reads its part of every batch, gradients are added up, and the steps are those of
+    one worker within rounding (dropout draws other masks).
 
     In each phase AdamW with betas (0.9, 0.95), gradients clipped to norm 1, the learning rates
     scaled by ``learning_rate_factor``; router scales have their own rate. After every step the
@@ -101,7 +107,9 @@ def finetune(
         teacher: the dense model, for the objective ``distill``.
         guard: evaluates the model on the way, and the best weights are the result; without one the
             last weights are.
-        on_step: called with the number of steps done and the last loss, after its checkpoint.
+        workers: the processes that train together, each with the same arguments; this one alone
+            if left out.
+        on_step: called after each step and its checkpoint.
         on_evaluation: called after each evaluation.
 
     Returns:
@@ -115,9 +123,11 @@ def finetune(
 
     Source: CMoE, arXiv:2502.04416, fine-tuning (Adam betas, router scale rate, balance bias).
     """
+    workers = workers or Workers.join()
     phases = resolve_phases(config)
     _check_inputs(phases, windows, teacher)
     settings = _settings(config, phases, windows, seed)
+    settings["precision"] = workers.precision_name
     found = read_checkpoint(checkpoint_dir, settings)
     start = found.progress if found else Progress()
     best: Evaluation | None = None
@@ -132,6 +142,7 @@ def finetune(
         guard=guard,
         on_step=on_step,
         on_evaluation=on_evaluation,
+        workers=workers,
         progress=start,
         saved_best=guard.best(start.evaluations).step if guard and start.evaluations else None,
     )

@@ -97,10 +97,19 @@ def resolve_phases(config: FinetuneConfig) -> tuple[PhaseConfig, ...]:
     return tuple(_overlay(phase, given, config.preset) for phase in PRESETS[config.preset].phases)
 
 
-def resolved_config(config: FinetuneConfig, phases: Sequence[PhaseConfig]) -> dict[str, Any]:
-    """What the stage records: the section as a configuration that names each phase in full."""
+def resolved_config(
+    config: FinetuneConfig, phases: Sequence[PhaseConfig], precision: str
+) -> dict[str, Any]:
+    """What the stage records: the section as a configuration that names each phase in full.
+
+    Args:
+        config: the section.
+        phases: its phases, resolved.
+        precision: what "auto" has come to.
+    """
     shared = config.model_dump(mode="json", exclude={*PhaseConfig.model_fields, "preset", "phases"})
-    return {**shared, "phases": [phase.model_dump(mode="json") for phase in phases]}
+    values = {"precision": precision, "phases": [phase.model_dump(mode="json") for phase in phases]}
+    return {**shared, **values}
 
 
 def _overlay(phase: PhaseConfig, given: dict[str, Any], preset: str) -> PhaseConfig:

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from weaver.config.finetuning import PhaseConfig
 from weaver.errors import WeaverError
-from weaver.training.balance import ExpertLoadCounter
+from weaver.training.balance import Balance, ExpertLoadCounter
 from weaver.training.batches import batch_indices, step_seed
 from weaver.training.checkpoint import Progress, save_checkpoint
 from weaver.training.guard import Evaluation, Guard, HeldOut, load_best, prune_best, save_best
 from weaver.training.loss import training_loss
 from weaver.training.optimizer import learning_rate_factor
 from weaver.training.phase import PhaseModel, plain_tensor
+from weaver.training.workers import Workers
 
 CLIP_NORM = 1.0
 
@@ -30,9 +31,30 @@ class NotFiniteError(Exception):
     """Says what of a step is not finite, and at which step of the phase."""
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """One step, for progress displays and trackers.
+
+    Args:
+        step: steps done, over all phases.
+        loss: nats per token, before the step's update.
+        learning_rate: of the weights, at this step.
+        balance: how evenly the experts were used; None without routed experts.
+        tokens_per_second: tokens of all processes over the time of this step.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    balance: Balance | None
+    tokens_per_second: float
+
+
 @dataclass
 class Trainer:
     """A training at work; ``progress`` moves with every step.
+
+    With several processes each runs one, and only the main one writes.
 
     Args:
         model: the model.
@@ -42,6 +64,7 @@ class Trainer:
         checkpoint_every: steps between checkpoints, over all phases.
         names: tensors that any phase changes, by their names without adapters.
         teacher, guard, on_step, on_evaluation: as of ``weaver.training.loop.finetune``.
+        workers: the processes that train together.
         progress: how far the training has come.
         saved_best: step of the best weights that the newest checkpoint refers to.
     """
@@ -54,8 +77,9 @@ class Trainer:
     names: list[str]
     teacher: PreTrainedModel | None
     guard: Guard | None
-    on_step: Callable[[int, float], None] | None
+    on_step: Callable[[StepReport], None] | None
     on_evaluation: Callable[[Evaluation], None] | None
+    workers: Workers
     progress: Progress
     saved_best: int | None
 
@@ -69,15 +93,15 @@ class Trainer:
         if self.guard is not None and not self.progress.evaluations:
             # What fails here is none of the training's.
             self.model.eval()
-            self._note(self.guard.evaluate(self.model), at_work, self.guard)
+            self._note(self._evaluate(self.guard), at_work, self.guard)
         while not self._is_over(phase):
-            self._step(at_work, phase, windows_WT)
+            report = self._step(at_work, phase, windows_WT)
             if self.guard is not None and self._is_due(self.guard, phase):
                 self._note(self._measure(self.guard), at_work, self.guard)
             if self.progress.step % self.checkpoint_every == 0:
                 self._save(at_work)
             if self.on_step is not None:
-                self.on_step(self.progress.step, self.progress.losses[-1])
+                self.on_step(report)
 
     def next_phase(self) -> None:
         """Note that the next phase begins here."""
@@ -93,6 +117,7 @@ class Trainer:
         if self.guard is None:
             return None
         best = self.guard.best(self.progress.evaluations)
+        self.workers.wait()  # for the file that the main process writes
         tensors = load_best(self.folder, best.step)
         with torch.no_grad():
             for name in self.names:
@@ -109,39 +134,50 @@ class Trainer:
         step = self.progress.phase_step
         return step % guard.every == 0 or step == phase.steps
 
-    def _step(self, at_work: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> None:
+    def _step(self, at_work: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> StepReport:
         began = time.perf_counter()
-        step = self.progress.phase_step
+        step, rank = self.progress.phase_step, self.workers.rank
         ids_B = batch_indices(step, windows_WT.shape[0], phase.batch_size, self.seed)
-        torch.manual_seed(step_seed(self.seed, self.progress.step))
+        torch.manual_seed(step_seed(self.seed, self.progress.step, rank))
         self.model.train()
-        ids_BT = windows_WT[ids_B].to(self.model.device, torch.int64)
-        if phase.balance_update:
-            with ExpertLoadCounter(self.model) as loads:
-                loss = self._update(at_work, phase, ids_BT)
-                loads.apply(phase.balance_update)
-        else:
-            loss = self._update(at_work, phase, ids_BT)
-        seconds = self.progress.seconds + time.perf_counter() - began
-        losses = (*self.progress.losses, loss)
-        self.progress = replace(self.progress, losses=losses, seconds=seconds)
+        ids_BT = windows_WT[self.workers.share(ids_B)].to(self.workers.device, torch.int64)
+        with ExpertLoadCounter(self.model) as counter:
+            loss, rate = self._update(at_work, phase, ids_BT)
+            loads = self.workers.add_loads(counter.take())
+            if phase.balance_update:
+                counter.apply(loads, phase.balance_update)
+        seconds = time.perf_counter() - began
+        self.progress = replace(
+            self.progress,
+            losses=(*self.progress.losses, loss),
+            seconds=self.progress.seconds + seconds,
+        )
+        tokens = phase.batch_size * windows_WT.shape[1]
+        return StepReport(self.progress.step, loss, rate, Balance.of(loads), tokens / seconds)
 
-    def _update(self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor) -> float:
+    def _update(
+        self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor
+    ) -> tuple[float, float]:
+        """One step of the optimizer: the loss over all processes, and the learning rate."""
         optimizer, step = at_work.state.optimizer, self.progress.phase_step
         factor = learning_rate_factor(step, phase.steps, phase.warmup_steps, phase.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(phase, ids_BT)
-        value = float(loss.detach())
+        with self.workers.autocast():
+            # The sum over the processes is the mean over the batch.
+            loss = self._loss(phase, ids_BT) * (len(ids_BT) / phase.batch_size)
+        value = float(self.workers.sum(loss.detach()))
         if not math.isfinite(value):
             raise NotFiniteError(f"loss is {value} at step {step + 1}")
         loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(at_work.state.parameters.values(), CLIP_NORM))
+        parameters = at_work.state.parameters.values()
+        self.workers.add_gradients(parameters)
+        norm = float(nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
         if not math.isfinite(norm):
             raise NotFiniteError(f"norm of the gradients is {norm} at step {step + 1}")
         optimizer.step()
-        return value
+        return value, phase.learning_rate * factor
 
     def _loss(self, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
         if phase.objective == "next-token":
@@ -156,7 +192,7 @@ class Trainer:
         self.model.eval()
         step = self.progress.phase_step
         try:
-            held_out = guard.evaluate(self.model)
+            held_out = self._evaluate(guard)
         except WeaverError as error:
             raise NotFiniteError(f"{error.what}, after step {step}") from error
         for name in ("kl", "perplexity"):
@@ -165,11 +201,21 @@ class Trainer:
                 raise NotFiniteError(f"held-out {name} is {value} after step {step}")
         return held_out
 
+    def _evaluate(self, guard: Guard) -> HeldOut:
+        """What the main process measures."""
+        found: HeldOut | None = None
+        if self.workers.is_main:
+            with self.workers.autocast():
+                found = guard.evaluate(self.model)
+        found = self.workers.agree(found)
+        assert found is not None
+        return found
+
     def _note(self, held_out: HeldOut, at_work: PhaseModel, guard: Guard) -> None:
         found = Evaluation(self.progress.step, self.progress.phase, held_out)
         evaluations = (*self.progress.evaluations, found)
         self.progress = replace(self.progress, evaluations=evaluations)
-        if guard.best(evaluations) is found:
+        if self.workers.is_main and guard.best(evaluations) is found:
             save_best(self.folder, found.step, at_work.merged(self.names))
             # A resumed training begins with the best weights that its checkpoint knows.
             saved = set() if self.saved_best is None else {self.saved_best}
@@ -178,6 +224,8 @@ class Trainer:
             self.on_evaluation(found)
 
     def _save(self, at_work: PhaseModel) -> None:
+        if not self.workers.is_main:
+            return
         save_checkpoint(self.folder, at_work.state, self.progress, self.settings)
         if self.guard is not None:
             self.saved_best = self.guard.best(self.progress.evaluations).step

@@ -1,0 +1,149 @@
+"""Make docs/recovery.md: conversions of half the FFN, before and after a short fine-tuning.
+
+Every row is a run directory below --runs; finished stages are skipped, so that an interrupted
+script goes on where it stopped. Calibration and training read the mixture of docs/results.md, the
+guard chooses the best weights on the bundled held-out text, and what the table shows is measured on
+the raw WikiText-2 test split, which neither has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversions import convert, set_words, weaver
+
+from weaver.report.tables import markdown_table
+
+DATA = "[multitask_calib/open.jsonl, domains]"
+CALIBRATE = (f"calibrate.data={DATA}", "calibrate.tokens=16384")
+EVAL = ("eval.data=[wikitext2/wiki.test.rebuilt.raw]", "eval.windows=14")
+SHAPE = ("batch_size=4", "sequence_length=256", "evaluate_every=40", "checkpoint_every=40")
+DISTILL = ("objective=distill", "learning_rate=4e-4", "warmup_steps=5", *SHAPE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fine-tuning.
+
+    Args:
+        method: what the conversion is; its config is ``configs/smollm2-METHOD.yaml``.
+        name: of the fine-tuning, for the table and the folder.
+        settings: overrides of the section ``finetune``.
+    """
+
+    method: str
+    name: str
+    settings: Sequence[str]
+
+    @property
+    def folder(self) -> str:
+        """Name of the run directory."""
+        return f"{self.method}-{self.name}".replace(" ", "-")
+
+
+METHODS = ("weave", "cmoe", "expertweaver")
+
+
+def rows(steps: int) -> list[Row]:
+    """The table's rows: every method's start, and CMoE's own training on the same tokens."""
+    distilled = [Row(name, "distill", (*DISTILL, f"steps={steps}")) for name in METHODS]
+    published = Row("cmoe", "cmoe-2k", ("preset=cmoe-2k", *SHAPE, f"steps={steps}"))
+    return [*distilled, published]
+
+
+def run_row(row: Row, runs: Path, data_dir: Path, sparsity: float) -> None:
+    """Convert, evaluate, fine-tune, evaluate again; what is finished is skipped."""
+    config = Path(f"configs/smollm2-{row.method}.yaml")
+    run_dir, start = runs / row.folder, runs / f"{row.method}-{sparsity:g}"
+    common: list[str | Path] = ["--config", config, "--data-dir", data_dir]
+    calibration = runs / "calibration"
+    convert(
+        *(start, calibration, config, f"partition.sparsity={sparsity}"),
+        calibrate=["--data-dir", data_dir, *set_words(CALIBRATE)],
+    )
+    weaver("eval", *common, "--run-dir", start, *set_words(EVAL))
+    if not run_dir.exists():
+        shutil.copytree(start, run_dir.with_suffix(".part"), dirs_exist_ok=True)
+        run_dir.with_suffix(".part").rename(run_dir)
+    settings = [f"finetune.{each}" for each in (f"data={DATA}", *row.settings)]
+    weaver("finetune", *common, "--run-dir", run_dir, *set_words(settings))
+    weaver("eval", *common, "--run-dir", run_dir, *set_words(EVAL), "--force")
+
+
+def table(finished: Sequence[Row], runs: Path, sparsity: float) -> str:
+    """Quality before and after, side by side."""
+    cells = []
+    for row in finished:
+        before = _json(runs / f"{row.method}-{sparsity:g}/eval/results.json")
+        after = _json(runs / row.folder / "eval/results.json")
+        summary = _json(runs / row.folder / "finetune/manifest.json")["summary"]
+        dense = after["dense"]["perplexity"]
+        gap = (after["moe"]["perplexity"] - dense) / (before["moe"]["perplexity"] - dense)
+        cells.append(
+            (
+                row.method,
+                row.name,
+                f"{summary['tokens']:,}",
+                f"{summary['seconds'] / 60:.1f}",
+                f"{before['kl']:.3f} -> {after['kl']:.3f}",
+                f"{1 - after['kl'] / before['kl']:.0%}",
+                f"{before['moe']['perplexity']:.1f} -> {after['moe']['perplexity']:.1f}",
+                f"{1 - gap:.0%}",
+                f"{_flops(before):.3f} -> {_flops(after):.3f}",
+            )
+        )
+    headers = (
+        *("start", "fine-tuning", "tokens", "minutes", "KL", "KL closed"),
+        *("perplexity", "gap to dense closed", "FFN FLOPs, measured"),
+    )
+    return markdown_table(headers, cells)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def _flops(results: dict[str, Any]) -> float:
+    measured = results["measured_ffn_flops_per_token"]
+    return float(measured / results["dense"]["ffn_flops_per_token"])
+
+
+def main() -> None:
+    """Run the rows and write the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--out", type=Path, default=Path("docs/recovery.md"))
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", nargs="+", help="Only these folders.")
+    parser.add_argument("--finished", action="store_true", help="Run nothing; finished rows only.")
+    arguments = parser.parse_args()
+    chosen = [
+        row for row in rows(arguments.steps) if not arguments.rows or row.folder in arguments.rows
+    ]
+    if not arguments.finished:
+        for row in chosen:
+            run_row(row, arguments.runs, arguments.data_dir, arguments.sparsity)
+    finished = [row for row in chosen if (arguments.runs / row.folder / "eval").exists()]
+    found = table(finished, arguments.runs, arguments.sparsity)
+    if arguments.rows:
+        print(found)
+    else:
+        arguments.out.write_text(f"{HEADER}\n{found}\n")
+
+
+HEADER = """# Recovery by a short fine-tuning
+
+Made by `scripts/make_recovery.py` on SmolLM2-135M.
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Fine-tuning in two processes equals fine-tuning in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import run_config, run_stages, run_values, write_config
+from transformers import AutoModelForCausalLM
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SHORT = {"batch_size": 3, "sequence_length": 64, "warmup_steps": 1, "steps": 6}
+GUARD = {"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 3}
+FINETUNE = {**SHORT, **GUARD, "objective": "distill", "learning_rate": 1e-3, "precision": "float32"}
+
+
+@pytest.fixture
+def runs(tiny_llama: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A configuration and two run directories with the same assembled model."""
+    values = run_values(tiny_llama, finetune={**FINETUNE, "checkpoint_every": 2})
+    first, second = tmp_path / "one", tmp_path / "two"
+    run_stages(run_config(tiny_llama), first, until="assemble")
+    shutil.copytree(first, second)
+    return write_config(tmp_path / "run.yaml", values), first, second
+
+
+def command(config: Path, run_dir: Path, launcher: tuple[str, ...] = ()) -> list[str]:
+    words = (*launcher, "-m", "weaver", "finetune", "--config", str(config))
+    return [sys.executable, *words, "--run-dir", str(run_dir)]
+
+
+def finetune(config: Path, run_dir: Path, launcher: tuple[str, ...] = ()) -> str:
+    done = subprocess.run(
+        command(config, run_dir, launcher), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "finetune" / "manifest.json").read_text())
+    return dict(found["summary"])
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "finetune" / "model")
+    return dict(model.state_dict())
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(runs: tuple[Path, Path, Path]) -> None:
+    config, first, second = runs
+    finetune(config, first)
+    shown = finetune(config, second, TWO)
+    assert shown.count("held-out perplexity") == 3  # the other process says nothing
+
+    alone, together = summary(first), summary(second)
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert len(set(alone["losses"])) == 6
+    for one, two in zip(alone["evaluations"], together["evaluations"], strict=True):
+        assert two["kl"] == pytest.approx(one["kl"], rel=1e-4)
+    expected, found = weights(first), weights(second)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
+
+    assert "held-out perplexity" not in finetune(config, second, TWO)
+    assert summary(second) == together
+
+
+@pytest.mark.slow
+def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path]) -> None:
+    config, first, second = runs
+    finetune(config, first, TWO)
+    process = subprocess.Popen(
+        command(config, second, TWO),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints = second / "finetune" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*.safetensors")):
+        assert process.poll() is None, "the training ended before its first checkpoint was seen"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (second / "finetune" / "manifest.json").exists()
+
+    finetune(config, second, TWO)
+    assert summary(second)["resumed_from"] >= 2
+    assert summary(second)["losses"] == summary(first)["losses"]
+    expected, found = weights(first), weights(second)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_batch_smaller_than_the_processes(runs: tuple[Path, Path, Path]) -> None:
+    config, first, _ = runs
+    done = subprocess.run(
+        [*command(config, first, TWO), "--set", "finetune.batch_size=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("batch_size=1 for 2 processes") == 1
+    assert "--batch-size 2" in done.stderr

@@ -1,0 +1,118 @@
+"""The processes that train one model together: the same weights in each, a share of every batch.
+
+``torchrun`` and ``accelerate launch`` start them and say who is who in the environment; without
+either there is one. Gradients are added up after every step, so that all of them make the same
+update, which is that of one process within rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
+from torch import Tensor, nn
+
+from weaver.training.balance import ExpertLoad
+
+T = TypeVar("T")
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that train with it.
+
+    Args:
+        state: rank, number of processes and device, as accelerate finds them.
+        precision: dtype of matrix products under autocast; float32 means none.
+    """
+
+    state: PartialState
+    precision: torch.dtype = torch.float32
+
+    @classmethod
+    def join(cls, precision: torch.dtype = torch.float32) -> Workers:
+        """Join the others, if this process was started with others."""
+        return cls(PartialState(), precision)
+
+    @property
+    def count(self) -> int:
+        """How many processes train."""
+        return int(self.state.num_processes)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this one is, from 0."""
+        return int(self.state.process_index)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device(self.state.device)
+
+    @property
+    def precision_name(self) -> str:
+        """Its key in ``PRECISIONS``."""
+        return str(self.precision).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in ``precision``; weights and their updates stay in float32."""
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision if enabled else None, enabled)
+
+    def share(self, ids_B: Tensor) -> Tensor:
+        """This process' part of a batch; parts differ by one window at most.
+
+        Raises:
+            ValueError: there are more processes than windows.
+        """
+        if len(ids_B) < self.count:
+            raise ValueError(f"a batch of {len(ids_B)} windows for {self.count} processes")
+        return ids_B.tensor_split(self.count)[self.rank]
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by the sum over all processes, in place.
+
+        A parameter that this process' tokens did not use counts as zero.
+        """
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.sum(grad)
+
+    def add_loads(self, loads: Mapping[str, ExpertLoad]) -> dict[str, ExpertLoad]:
+        """Loads over the tokens of all processes."""
+        return {
+            name: ExpertLoad(self.sum(load.counts_E), int(self.sum(torch.tensor(load.tokens))))
+            for name, load in loads.items()
+        }
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.count == 1:
+            return tensor
+        total: Tensor = reduce(tensor.to(self.device), "sum")
+        return total
+
+    def agree(self, value: T) -> T:
+        """The main process' value, everywhere."""
+        if self.count == 1:
+            return value
+        agreed: T = broadcast_object_list([value])[0]
+        return agreed
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.state.wait_for_everyone()
