@@ -18,7 +18,7 @@ from exports import (
     source_of,
     write_stock,
 )
-from tiny_conversions import load_converted, random_compensation
+from tiny_conversions import ffns_of, load_converted, random_compensation
 from tiny_models import SLIDING_WINDOW, random_ids
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from weaver.artifacts.types import Router
 from weaver.errors import WeaverError
 from weaver.export import glm4_moe, granite_moe_shared
-from weaver.export.base import ALWAYS, NEVER
+from weaver.export.base import ALWAYS, NEVER, Target
 from weaver.export.glm4_moe import router_scale
 from weaver.export.registry import check, choose, stock_target
 from weaver.models.converted import ConvertedCheckpoint
@@ -87,6 +87,47 @@ def test_granite_holds_equal_layers(variant: str, dtype: torch.dtype, tmp_path: 
     stock = load_stock(tmp_path / "stock", dtype)
     assert type(stock).__name__ == "GraniteMoeSharedForCausalLM"
     assert_same(load_converted(checkpoint.folder), stock, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routed_scaling", [1.0, 2.0])
+def test_granite_holds_softmax_weights(
+    routed_scaling: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    weighting: dict[str, Any] = {"weighting": "softmax", "routed_scaling": routed_scaling}
+    checkpoint = save_converted(tmp_path, "llama", EQUAL, dtype=dtype, **weighting)
+    assert granite_moe_shared.TARGET.obstacles(checkpoint, dtype) == []
+    stock = write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source_of(checkpoint))
+    assert stock.facts["router_scale"] == [1.0] * 3
+    own = load_converted(checkpoint.folder)
+    assert_same(own, load_stock(tmp_path / "stock", dtype), dtype)
+    # The weights matter: with equal ones the model is another.
+    for ffn in ffns_of(own):
+        assert ffn.router is not None
+        ffn.router.weighting, ffn.router.routed_scaling = "unit", 1.0
+    with pytest.raises(AssertionError):
+        assert_same(own, load_stock(tmp_path / "stock", dtype), dtype)
+    approximate = source_of(checkpoint, approximate=True, softmax=granite_moe_shared.TARGET.softmax)
+    write_stock(tmp_path / "approximate", granite_moe_shared.TARGET, approximate)
+    kept = load_stock(tmp_path / "approximate", dtype)
+    assert_same(load_converted(checkpoint.folder), kept, dtype)
+
+
+def test_a_factor_that_is_no_power_of_two_is_rounded_in_16_bits(tmp_path: Path) -> None:
+    weighting: dict[str, Any] = {"weighting": "softmax", "routed_scaling": 1.5}
+    checkpoint = save_converted(tmp_path, "llama", EQUAL, **weighting)
+    found = granite_moe_shared.TARGET.obstacles(checkpoint, torch.bfloat16)
+    assert [o.what for o in found] == ["down projections times 1.5 in 16 bits"]
+    assert granite_moe_shared.TARGET.obstacles(checkpoint, torch.float32) == []
+
+
+@pytest.mark.parametrize("target", [glm4_moe.TARGET, granite_moe_shared.TARGET])
+def test_the_softmax_over_one_expert_is_no_obstacle(target: Target, tmp_path: Path) -> None:
+    checkpoint = save_converted(tmp_path, "llama", ((16, 4, 8, 1),) * 3, weighting="softmax")
+    assert target.obstacles(checkpoint, torch.float32) == []
+    write_stock(tmp_path / "stock", target, source_of(checkpoint))
+    stock = load_stock(tmp_path / "stock", torch.float32)
+    assert_same(load_converted(checkpoint.folder), stock, torch.float32)
 
 
 def test_granite_takes_biases_of_the_whole_attention(tmp_path: Path) -> None:
@@ -192,6 +233,7 @@ FEATURES = [
     ({"selection": "threshold"}, "selection by threshold"),
     ({"scale": 0.5}, "trained output factors"),
     ({"scale": 0.0}, "balance biases"),
+    ({"weighting": "softmax", "routed_scaling": 2.0}, "softmax weights of the chosen experts"),
 ]
 
 
@@ -314,7 +356,7 @@ def test_only_powers_of_two_of_experts_are_exact_in_16_bits(tmp_path: Path) -> N
     three = ((16, 4, 8, 3),) * 3
     checkpoint = save_converted(tmp_path, "llama", three, dtype=torch.bfloat16)
     found = granite_moe_shared.TARGET.obstacles(checkpoint, torch.bfloat16)
-    assert [o.what for o in found] == ["K = 3 experts of 16-bit weights"]
+    assert [o.what for o in found] == ["down projections times 3 in 16 bits"]
     assert granite_moe_shared.TARGET.obstacles(checkpoint, torch.float32) == []
     source = replace(source_of(checkpoint), dtype=torch.float32)
     write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source)

@@ -46,6 +46,7 @@ def conversions_of(
     kind: RouterKind = "linear",
     selection: Selection = "top-k",
     scale: float | None = None,
+    **weighting: Any,
 ) -> list[Conversion]:
     """A layout and a router per layer.
 
@@ -56,6 +57,7 @@ def conversions_of(
         kind: of the routers.
         selection: how experts are chosen.
         scale: None for routers without balance bias and scale; else their scale.
+        weighting: how experts are weighted, as of a layout.
     """
     conversions: list[Conversion] = []
     for layer, (shared, experts, width, top_k) in enumerate(splits):
@@ -67,13 +69,14 @@ def conversions_of(
             width=width,
             seed=layer,
             selection=selection,
+            **weighting,
         )
         hidden = checkpoint.hidden_size
         if kind == "linear" and scale is None:
             router = plain_router(experts, hidden, layer, intercept=intercept)
         else:
             router = random_router(kind, experts, hidden, seed=layer, scale=scale or 0.0)
-        conversions.append((layout, router if experts else None))
+        conversions.append((layout, replace(router, **weighting) if experts else None))
     return conversions
 
 
@@ -102,13 +105,16 @@ def ffn_inputs(layer: int, hidden: int) -> Tensor:
     return torch.randn(256, hidden, generator=torch.Generator().manual_seed(layer))
 
 
-def source_of(checkpoint: ConvertedCheckpoint, *, approximate: bool = False) -> Source:
+def source_of(
+    checkpoint: ConvertedCheckpoint, *, approximate: bool = False, softmax: bool = False
+) -> Source:
     """What targets are built from."""
     hidden = checkpoint.config.hidden_size
 
     def layer(index: int) -> ConvertedLayer:
         converted = checkpoint.layer(index)
-        return approximated(converted, ffn_inputs(index, hidden)) if approximate else converted
+        inputs_TD = ffn_inputs(index, hidden)
+        return approximated(converted, inputs_TD, softmax=softmax) if approximate else converted
 
     return Source(
         checkpoint,

@@ -38,6 +38,13 @@ def _threshold(checkpoint: Checkpoint) -> tuple[list[Conversion], None]:
     return [_with_intercept(conversion, torch.full((5,), -1.0)) for conversion in found], None
 
 
+def _softmax(checkpoint: Checkpoint) -> tuple[list[Conversion], None]:
+    found = random_conversions(
+        checkpoint, shared=8, experts=5, top_k=2, weighting="softmax", routed_scaling=1.5
+    )
+    return found, None
+
+
 def _compensated(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensation]]:
     bias_E = torch.linspace(-1, 1, 5)
     found, _ = _top_k(checkpoint)
@@ -60,6 +67,7 @@ FEATURES: dict[str, Feature] = {
     "top-k": _top_k,
     "glu": _glu,
     "threshold": _threshold,
+    "softmax": _softmax,
     "compensated": _compensated,
     "mixed": _mixed,
 }

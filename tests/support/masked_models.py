@@ -49,6 +49,9 @@ class MaskedFfn(nn.Module):
         if self.layout.selection == "threshold":
             pairs = zip(score_E, self.router.balance_bias_E, strict=True)
             chosen = [e for e, (score, bias) in enumerate(pairs) if score > -bias]
+        if self.layout.weighting == "softmax":
+            share_E = self.layout.routed_scaling * probability_E / probability_E[chosen].sum()
+            return [(e, float(share_E[e])) for e in chosen]
         return [(e, float(1 + probability_E[e] * self.router.scale_E[e])) for e in chosen]
 
 
