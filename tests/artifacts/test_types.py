@@ -49,11 +49,31 @@ def test_a_threshold_counts_with_its_mean() -> None:
         "selection": "threshold",
         "weighting": "unit",
         "routed_scaling": 1.0,
+        "overlap": False,
     }
     assert ExpertLayout.build(found.tensors(), found.scalars()).selection == "threshold"
     assert layout().selection == "top-k"
 
 
+def test_experts_that_overlap() -> None:
+    """Neurons 1, 2 and 3 stand in two experts, 6 and 7 in none."""
+    experts_EN = torch.tensor([[1, 2, 3], [2, 3, 5], [1, 5, 8]])
+    bias_ED = torch.ones(3, 4)
+    found = layout(experts_EN=experts_EN, top_k=1, overlap=True, expert_bias_ED=bias_ED)
+    assert found.permutation.tolist() == [9, 0, 4, 1, 2, 3, 2, 3, 5, 1, 5, 8]
+    assert found.active_neurons == 6
+    assert found.ffn_sparsity == pytest.approx(0.4)
+    again = ExpertLayout.build(found.tensors(), found.scalars())
+    assert again.overlap
+    assert again.expert_bias_ED is bias_ED
+    assert found.skips
+    # As many neurons as the dense FFN has, and not the same.
+    assert layout(experts_EN=torch.arange(1, 8)[None], top_k=1, shared_S=NONE_S).skips
+    assert not layout(top_k=3, experts_EN=EVERY_EN, shared_S=torch.tensor([9])).skips
+    assert layout(top_k=3, experts_EN=EVERY_EN, shared_S=torch.tensor([9]), overlap=True).skips
+
+
+EVERY_EN = torch.arange(9).view(3, 3)
 NONE_S = torch.zeros(0, dtype=torch.int64)
 NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
 
@@ -82,6 +102,12 @@ NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
             {"selection": "threshold", "weighting": "softmax"},
             "softmax weights of experts that are selected by threshold",
         ),
+        ({"overlap": True, "shared_S": torch.tensor([1])}, "a neuron is assigned twice"),
+        (
+            {"overlap": True, "experts_EN": torch.tensor([[1, 2], [3, 3], [5, 6]])},
+            "a neuron is assigned twice",
+        ),
+        ({"expert_bias_ED": torch.ones(2, 4)}, "expert_bias_ED needs one row per expert"),
         ({"weighting": "sigmoid"}, "weighting 'sigmoid' is not one of"),
         ({"routed_scaling": 2.0}, r"routed_scaling=2\.0 of experts with weight 1"),
         ({"weighting": "softmax", "routed_scaling": 0.0}, r"routed_scaling=0\.0 is not positive"),

@@ -10,23 +10,28 @@ from typing import Any
 import pytest
 import torch
 from exports import (
+    DTYPES,
     EQUAL,
     UNEQUAL,
     add_values,
+    assert_same,
     load_stock,
+    outputs,
     save_converted,
     source_of,
     write_stock,
 )
-from tiny_conversions import ffns_of, load_converted, random_compensation
+from tiny_conversions import (
+    load_converted,
+    random_compensation,
+)
 from tiny_models import SLIDING_WINDOW, random_ids
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from weaver.artifacts.types import Router
 from weaver.errors import WeaverError
 from weaver.export import glm4_moe, granite_moe_shared
-from weaver.export.base import ALWAYS, NEVER, Target
+from weaver.export.base import ALWAYS, NEVER
 from weaver.export.glm4_moe import router_scale
 from weaver.export.registry import check, choose, stock_target
 from weaver.models.converted import ConvertedCheckpoint
@@ -39,28 +44,6 @@ EXACT: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
 }
-DTYPES = (torch.float32, torch.bfloat16)
-# Rounding alone: KL in nats per token.
-LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
-
-
-@torch.no_grad()
-def outputs(model: PreTrainedModel, ids_WT: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities in float64 and the hidden states of every layer."""
-    output = model(input_ids=ids_WT, output_hidden_states=True, use_cache=False)
-    return output.logits.double().log_softmax(-1), list(output.hidden_states)
-
-
-def assert_same(own: PreTrainedModel, stock: PreTrainedModel, dtype: torch.dtype) -> None:
-    ids_WT = random_ids(4, 32)
-    log_p, layers = outputs(own, ids_WT)
-    log_q, stock_layers = outputs(stock, ids_WT)
-    assert len(layers) == len(stock_layers) == 4
-    tolerance = 2e-3 if dtype is torch.float32 else 0.1
-    for layer, other in zip(layers, stock_layers, strict=True):
-        assert (layer - other).float().norm() < tolerance * layer.float().norm()
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    assert 0 <= kl < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,47 +70,6 @@ def test_granite_holds_equal_layers(variant: str, dtype: torch.dtype, tmp_path: 
     stock = load_stock(tmp_path / "stock", dtype)
     assert type(stock).__name__ == "GraniteMoeSharedForCausalLM"
     assert_same(load_converted(checkpoint.folder), stock, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("routed_scaling", [1.0, 2.0])
-def test_granite_holds_softmax_weights(
-    routed_scaling: float, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    weighting: dict[str, Any] = {"weighting": "softmax", "routed_scaling": routed_scaling}
-    checkpoint = save_converted(tmp_path, "llama", EQUAL, dtype=dtype, **weighting)
-    assert granite_moe_shared.TARGET.obstacles(checkpoint, dtype) == []
-    stock = write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source_of(checkpoint))
-    assert stock.facts["router_scale"] == [1.0] * 3
-    own = load_converted(checkpoint.folder)
-    assert_same(own, load_stock(tmp_path / "stock", dtype), dtype)
-    # The weights matter: with equal ones the model is another.
-    for ffn in ffns_of(own):
-        assert ffn.router is not None
-        ffn.router.weighting, ffn.router.routed_scaling = "unit", 1.0
-    with pytest.raises(AssertionError):
-        assert_same(own, load_stock(tmp_path / "stock", dtype), dtype)
-    approximate = source_of(checkpoint, approximate=True, softmax=granite_moe_shared.TARGET.softmax)
-    write_stock(tmp_path / "approximate", granite_moe_shared.TARGET, approximate)
-    kept = load_stock(tmp_path / "approximate", dtype)
-    assert_same(load_converted(checkpoint.folder), kept, dtype)
-
-
-def test_a_factor_that_is_no_power_of_two_is_rounded_in_16_bits(tmp_path: Path) -> None:
-    weighting: dict[str, Any] = {"weighting": "softmax", "routed_scaling": 1.5}
-    checkpoint = save_converted(tmp_path, "llama", EQUAL, **weighting)
-    found = granite_moe_shared.TARGET.obstacles(checkpoint, torch.bfloat16)
-    assert [o.what for o in found] == ["down projections times 1.5 in 16 bits"]
-    assert granite_moe_shared.TARGET.obstacles(checkpoint, torch.float32) == []
-
-
-@pytest.mark.parametrize("target", [glm4_moe.TARGET, granite_moe_shared.TARGET])
-def test_the_softmax_over_one_expert_is_no_obstacle(target: Target, tmp_path: Path) -> None:
-    checkpoint = save_converted(tmp_path, "llama", ((16, 4, 8, 1),) * 3, weighting="softmax")
-    assert target.obstacles(checkpoint, torch.float32) == []
-    write_stock(tmp_path / "stock", target, source_of(checkpoint))
-    stock = load_stock(tmp_path / "stock", torch.float32)
-    assert_same(load_converted(checkpoint.folder), stock, torch.float32)
 
 
 def test_granite_takes_biases_of_the_whole_attention(tmp_path: Path) -> None:

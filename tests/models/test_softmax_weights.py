@@ -1,4 +1,4 @@
-"""Converted FFNs whose chosen experts are weighted by a softmax."""
+"""Converted FFNs whose chosen experts are weighted by a softmax, and may overlap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from masked_models import masked_model
 from tiny_conversions import (
     OpenTiny,
+    account_of,
+    ffns_of,
     load_converted,
+    overlapping_conversions,
     random_compensation,
     random_conversions,
     random_layout,
@@ -49,6 +52,40 @@ def test_a_model_with_softmax_weights(
         torch.testing.assert_close(model(ids_WT).logits, expected, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
     assert load_converted(tmp_path / "again").config.weaver == model.config.weaver
+
+
+@pytest.mark.parametrize("path", ["masked", "grouped"])
+@pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (2, 4)])
+def test_a_model_whose_experts_overlap(
+    open_tiny: OpenTiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    top_k: int,
+    shared: int,
+) -> None:
+    """Rows are stored as often as experts hold them, and may then be trained apart."""
+    checkpoint = open_tiny("llama")
+    conversions = overlapping_conversions(
+        checkpoint, experts=4, width=20, top_k=top_k, shared=shared
+    )
+    model = load_converted(write_converted(checkpoint, tmp_path / "moe", conversions))
+    ids_WT = random_ids(2, 24)
+    with torch.no_grad():
+        expected = masked_model("llama", checkpoint, conversions)(ids_WT).logits
+        monkeypatch.setattr(ops, "choose_path", lambda *_: path)
+        torch.testing.assert_close(model(ids_WT).logits, expected, rtol=1e-4, atol=1e-4)
+    ffn = ffns_of(model)[0]
+    assert ffn.gate_weight.shape == (shared + 80, checkpoint.hidden_size)
+    account = account_of(checkpoint, conversions)
+    assert account.total_parameters == sum(p.numel() for p in model.parameters())
+    assert account.total_parameters > account.total_dense_parameters
+    active = shared + 20 * top_k
+    assert account.ffn_sparsity == pytest.approx(1 - active / 48)
+    hidden = checkpoint.hidden_size
+    assert account.ffn_flops == 3 * 2 * hidden * (3 * active + 4)
+    unused = (80 - 20 * top_k) * 3 * hidden * 3
+    assert account.total_parameters - account.active_parameters == unused
 
 
 def test_both_paths_train_the_router_and_leave_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tiny_conversions import (
     Conversion,
+    overlapping_conversions,
     random_compensation,
     random_conversions,
     random_layout,
@@ -45,6 +46,14 @@ def _softmax(checkpoint: Checkpoint) -> tuple[list[Conversion], None]:
     return found, None
 
 
+def _overlap(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensation]]:
+    """Experts with neurons in common, and each with a constant of its own."""
+    found = overlapping_conversions(checkpoint, experts=4, width=24, top_k=2)
+    generator = torch.Generator().manual_seed(0)
+    bias_ED = torch.randn(4, checkpoint.hidden_size, generator=generator)
+    return found, [Compensation(expert_bias_ED=bias_ED)] * len(found)
+
+
 def _compensated(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensation]]:
     bias_E = torch.linspace(-1, 1, 5)
     found, _ = _top_k(checkpoint)
@@ -68,6 +77,7 @@ FEATURES: dict[str, Feature] = {
     "glu": _glu,
     "threshold": _threshold,
     "softmax": _softmax,
+    "overlap": _overlap,
     "compensated": _compensated,
     "mixed": _mixed,
 }

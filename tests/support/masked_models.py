@@ -28,7 +28,8 @@ class MaskedFfn(nn.Module):
         factors_TF[:, self.layout.shared_S] = 1.0
         for token, x_D in enumerate(x_TD):
             for expert, factor in self._chosen(x_D):
-                factors_TF[token, self.layout.experts_EN[expert]] = factor
+                # Experts may have neurons in common.
+                factors_TF[token, self.layout.experts_EN[expert]] += factor
         y_TD = (glu_hidden(x_TD, self.weights) * factors_TF) @ self.weights.down_FD
         for bias_D in (self.weights.output_bias_D, self.layout.output_bias_D):
             y_TD = y_TD if bias_D is None else y_TD + bias_D

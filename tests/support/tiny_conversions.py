@@ -58,6 +58,54 @@ def random_layout(
     )
 
 
+def overlapping_layout(
+    intermediate_size: int,
+    *,
+    experts: int,
+    width: int,
+    top_k: int,
+    shared: int = 0,
+    seed: int = 0,
+    expert_bias_ED: Tensor | None = None,
+) -> ExpertLayout:
+    """Experts that are random prunings of the whole FFN, weighted by a softmax."""
+    generator = torch.Generator().manual_seed(seed)
+    shared_S = torch.arange(shared)
+
+    def expert() -> Tensor:
+        ids_n = shared + torch.randperm(intermediate_size - shared, generator=generator)[:width]
+        return ids_n.sort().values
+
+    return ExpertLayout(
+        intermediate_size,
+        top_k,
+        shared_S,
+        torch.stack([expert() for _ in range(experts)]),
+        weighting="softmax",
+        overlap=True,
+        expert_bias_ED=expert_bias_ED,
+    )
+
+
+def overlapping_conversions(
+    checkpoint: Checkpoint, *, experts: int, width: int, top_k: int, shared: int = 0
+) -> list[Conversion]:
+    """A different overlapping layout and router for every layer."""
+    conversions: list[Conversion] = []
+    for layer in range(checkpoint.num_layers):
+        sizes: dict[str, Any] = {
+            "experts": experts,
+            "width": width,
+            "top_k": top_k,
+            "shared": shared,
+        }
+        layout = overlapping_layout(checkpoint.intermediate_size, **sizes, seed=layer)
+        hidden = checkpoint.hidden_size
+        router = random_router("linear", experts, hidden, seed=layer, weighting="softmax")
+        conversions.append((layout, router))
+    return conversions
+
+
 def random_router(
     kind: RouterKind,
     experts: int,

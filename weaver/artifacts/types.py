@@ -7,11 +7,13 @@ holds; ``artifacts.store`` does the writing. Shape legend: see ``weaver.algorith
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from weaver.artifacts.record import TensorRecord
 
 RouterKind = Literal["linear", "glu"]
 ROUTER_KINDS: tuple[RouterKind, ...] = ("linear", "glu")
@@ -19,29 +21,6 @@ Selection = Literal["top-k", "threshold"]
 SELECTIONS: tuple[Selection, ...] = ("top-k", "threshold")
 Weighting = Literal["unit", "softmax"]
 WEIGHTINGS: tuple[Weighting, ...] = ("unit", "softmax")
-
-
-class TensorRecord:
-    """A frozen dataclass of tensors that maps to and from a safetensors file."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields that are present, by field name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def scalars(self) -> dict[str, int | float | str]:
-        """The int, float and str fields, which go into the file's metadata."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {
-            name: value for name, value in values.items() if isinstance(value, (int, float, str))
-        }
-
-    @classmethod
-    def build(cls, tensors: dict[str, Tensor], scalars: dict[str, int | float | str]) -> Self:
-        """Inverse of ``tensors()`` and ``scalars()``."""
-        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        known = {k: v for k, v in {**scalars, **tensors}.items() if k in names}
-        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -60,6 +39,10 @@ class LayerProfile(TensorRecord):
         marker_neurons_TA: per token the ids of the K_a most active neurons, int32.
         ffn_inputs_ND: a sample of FFN inputs x, (tokens kept, D).
         tokens: number of calibration tokens.
+        group_tokens_G: tokens of each group, int64, (G,); the three of groups are there only where
+            the calibration keeps groups apart.
+        group_hidden_mean_GF: ``E[h_j]`` over the tokens of each group, float32.
+        group_hidden_variance_GF: ``Var(h_j)`` over them (population), float32.
     """
 
     sample_gate_mean_MF: Tensor
@@ -71,6 +54,9 @@ class LayerProfile(TensorRecord):
     marker_neurons_TA: Tensor
     ffn_inputs_ND: Tensor
     tokens: int
+    group_tokens_G: Tensor | None = None
+    group_hidden_mean_GF: Tensor | None = None
+    group_hidden_variance_GF: Tensor | None = None
 
     @property
     def intermediate_size(self) -> int:
@@ -104,6 +90,10 @@ class ExpertLayout(TensorRecord):
         weighting: how the outputs of a token's experts are combined, see ``Router``: "unit", or
             "softmax", only with "top-k". A static layout has "unit".
         routed_scaling: c of "softmax", positive; 1 for "unit".
+        overlap: experts are prunings of the whole FFN: a neuron may belong to several of them, or
+            to none. Without it no neuron stands twice.
+        expert_bias_ED: constant that makes up for what each expert dropped, (E, D), or None; the
+            layer has it as a ``Compensation``.
 
     Raises:
         ValueError: an id is out of range or used twice, K lies outside 1..E, nothing is left, or
@@ -118,6 +108,8 @@ class ExpertLayout(TensorRecord):
     selection: Selection = "top-k"
     weighting: Weighting = "unit"
     routed_scaling: float = 1.0
+    overlap: bool = False
+    expert_bias_ED: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:
@@ -130,8 +122,7 @@ class ExpertLayout(TensorRecord):
             raise ValueError("layout holds no neuron")
         if int(neurons.min()) < 0 or int(neurons.max()) >= self.intermediate_size:
             raise ValueError(f"neuron id outside 0..{self.intermediate_size - 1}")
-        if neurons.unique().numel() != neurons.numel():
-            raise ValueError("a neuron is assigned twice")
+        self._check_repetitions()
         low = 1 if self.num_routed_experts else 0
         if not low <= self.top_k <= self.num_routed_experts:
             raise ValueError(f"top_k={self.top_k} outside {low}..{self.num_routed_experts}")
@@ -144,6 +135,17 @@ class ExpertLayout(TensorRecord):
                     raise ValueError(f"{name} {value!r} of a layout without routed experts")
         if self.weighting == "softmax" and self.selection != "top-k":
             raise ValueError(f"softmax weights of experts that are selected by {self.selection}")
+        if self.expert_bias_ED is not None and len(self.expert_bias_ED) != self.num_routed_experts:
+            raise ValueError("expert_bias_ED needs one row per expert")
+
+    def _check_repetitions(self) -> None:
+        # Overlapping experts share neurons with each other, but not with the shared expert.
+        groups = [self.permutation]
+        if self.overlap:
+            groups = [torch.cat([self.shared_S, expert_N]) for expert_N in self.experts_EN]
+        for ids_n in groups:
+            if ids_n.unique().numel() != ids_n.numel():
+                raise ValueError("a neuron is assigned twice")
 
     @property
     def num_shared_neurons(self) -> int:
@@ -168,8 +170,16 @@ class ExpertLayout(TensorRecord):
         return 1.0 - self.active_neurons / self.intermediate_size
 
     @property
+    def skips(self) -> bool:
+        """Whether a token leaves neurons out that others, or the dense FFN, have."""
+        return self.overlap or self.active_neurons < self.intermediate_size
+
+    @property
     def permutation(self) -> Tensor:
-        """Neuron ids in storage order: shared first, then expert by expert, (S + E * N,)."""
+        """Neuron ids in storage order: shared first, then expert by expert, (S + E * N,).
+
+        With ``overlap`` an id stands as often as experts hold the neuron, and is stored as often.
+        """
         return torch.cat([self.shared_S, self.experts_EN.reshape(-1)])
 
 
