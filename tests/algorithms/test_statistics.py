@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from weaver.algorithms.energy import pooled_moments
 from weaver.algorithms.glu import GluWeights, gate_activation, glu_hidden
 from weaver.algorithms.statistics import (
     LayerStatistics,
@@ -194,3 +195,42 @@ def test_sample_positions_are_one_per_stretch(tokens: int, rows: int, seed: int)
     assert torch.equal(positions, sample_positions(tokens, rows, seeded(seed)))
     edges = torch.arange(positions.numel() + 1) * tokens // positions.numel()
     assert bool(((edges[:-1] <= positions) & (positions < edges[1:])).all())
+
+
+def test_moments_by_group_by_hand() -> None:
+    """h = 2 x^2: 2, 18 and 8 of the first group, 0 of the second; the third was not seen."""
+    weights = GluWeights(torch.ones(1, 1), 2 * torch.ones(1, 1), torch.ones(1, 1), "relu")
+    groups_M = torch.tensor([1, 0, 0])
+    statistics = LayerStatistics(weights, 3, 1, torch.tensor([0]), groups_M, num_groups=3)
+    statistics.update(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))
+    statistics.update(torch.tensor([[3.0], [2.0]]), torch.tensor([1, 2]))
+    profile = statistics.finish(groups_M)
+    assert profile.group_tokens_G is not None
+    assert profile.group_hidden_mean_GF is not None
+    assert profile.group_hidden_variance_GF is not None
+    assert profile.group_tokens_G.tolist() == [3, 1, 0]
+    torch.testing.assert_close(profile.group_hidden_mean_GF, torch.tensor([[28 / 3], [0.0], [0.0]]))
+    # (4 + 324 + 64) / 3 - (28 / 3)^2
+    variance_GF = torch.tensor([[392 / 9], [0.0], [0.0]])
+    torch.testing.assert_close(profile.group_hidden_variance_GF, variance_GF)
+    plain = LayerStatistics(weights, 1, 1, torch.tensor([0]))
+    plain.update(torch.ones(1, 1), torch.tensor([0]))
+    assert plain.finish(torch.tensor([0])).group_tokens_G is None
+
+
+def test_groups_together_are_all_tokens() -> None:
+    weights = random_weights(neurons=6)
+    x_TD = torch.randn(3000, 4, generator=seeded()) + 0.5
+    ids_T = torch.arange(3000) // 500
+    groups_M = torch.tensor([0, 1, 2, 0, 1, 0])
+    statistics = LayerStatistics(weights, 6, 1, torch.tensor([0]), groups_M, num_groups=3)
+    statistics.update(x_TD, ids_T)
+    profile = statistics.finish(groups_M)
+    assert profile.group_tokens_G is not None
+    assert profile.group_hidden_mean_GF is not None
+    assert profile.group_hidden_variance_GF is not None
+    mean_F, variance_F = pooled_moments(
+        profile.group_hidden_mean_GF, profile.group_hidden_variance_GF, profile.group_tokens_G
+    )
+    torch.testing.assert_close(mean_F, profile.hidden_mean_F)
+    torch.testing.assert_close(variance_F, profile.hidden_variance_F)

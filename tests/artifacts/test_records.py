@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from weaver.artifacts.record import TensorRecord
 from weaver.artifacts.store import read_record, write_record, write_tensors
 from weaver.artifacts.types import (
     Compensation,
     ExpertLayout,
     LayerProfile,
     Router,
-    TensorRecord,
 )
 from weaver.errors import WeaverError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -42,11 +43,37 @@ def test_a_threshold_counts_with_its_mean() -> None:
     found = layout(selection="threshold")
     assert found.active_neurons == 7
     assert found.ffn_sparsity == pytest.approx(0.3)
-    assert found.scalars() == {"intermediate_size": 10, "top_k": 2, "selection": "threshold"}
+    assert found.scalars() == {
+        "intermediate_size": 10,
+        "top_k": 2,
+        "selection": "threshold",
+        "weighting": "unit",
+        "routed_scaling": 1.0,
+        "overlap": False,
+    }
     assert ExpertLayout.build(found.tensors(), found.scalars()).selection == "threshold"
     assert layout().selection == "top-k"
 
 
+def test_experts_that_overlap() -> None:
+    """Neurons 1, 2 and 3 stand in two experts, 6 and 7 in none."""
+    experts_EN = torch.tensor([[1, 2, 3], [2, 3, 5], [1, 5, 8]])
+    bias_ED = torch.ones(3, 4)
+    found = layout(experts_EN=experts_EN, top_k=1, overlap=True, expert_bias_ED=bias_ED)
+    assert found.permutation.tolist() == [9, 0, 4, 1, 2, 3, 2, 3, 5, 1, 5, 8]
+    assert found.active_neurons == 6
+    assert found.ffn_sparsity == pytest.approx(0.4)
+    again = ExpertLayout.build(found.tensors(), found.scalars())
+    assert again.overlap
+    assert again.expert_bias_ED is bias_ED
+    assert found.skips
+    # As many neurons as the dense FFN has, and not the same.
+    assert layout(experts_EN=torch.arange(1, 8)[None], top_k=1, shared_S=NONE_S).skips
+    assert not layout(top_k=3, experts_EN=EVERY_EN, shared_S=torch.tensor([9])).skips
+    assert layout(top_k=3, experts_EN=EVERY_EN, shared_S=torch.tensor([9]), overlap=True).skips
+
+
+EVERY_EN = torch.arange(9).view(3, 3)
 NONE_S = torch.zeros(0, dtype=torch.int64)
 NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
 
@@ -67,6 +94,23 @@ NONE_EN = torch.zeros(0, 0, dtype=torch.int64)
             {"top_k": 0, "experts_EN": NONE_EN, "selection": "threshold"},
             "selection 'threshold' of a layout without routed experts",
         ),
+        (
+            {"top_k": 0, "experts_EN": NONE_EN, "weighting": "softmax"},
+            "weighting 'softmax' of a layout without routed experts",
+        ),
+        (
+            {"selection": "threshold", "weighting": "softmax"},
+            "softmax weights of experts that are selected by threshold",
+        ),
+        ({"overlap": True, "shared_S": torch.tensor([1])}, "a neuron is assigned twice"),
+        (
+            {"overlap": True, "experts_EN": torch.tensor([[1, 2], [3, 3], [5, 6]])},
+            "a neuron is assigned twice",
+        ),
+        ({"expert_bias_ED": torch.ones(2, 4)}, "expert_bias_ED needs one row per expert"),
+        ({"weighting": "sigmoid"}, "weighting 'sigmoid' is not one of"),
+        ({"routed_scaling": 2.0}, r"routed_scaling=2\.0 of experts with weight 1"),
+        ({"weighting": "softmax", "routed_scaling": 0.0}, r"routed_scaling=0\.0 is not positive"),
         ({"shared_S": torch.tensor([[0]])}, "shared_S is a vector, experts_EN a matrix"),
         ({"experts_EN": torch.tensor([1, 2])}, "shared_S is a vector, experts_EN a matrix"),
     ],
@@ -119,6 +163,8 @@ def router(**changes: Any) -> Router:
             {"kind": "glu", "up_weight_ED": torch.ones(3, 4), "bias_E": torch.zeros(3)},
             "router kind 'glu' has no intercept bias_E",
         ),
+        ({"weighting": "sum"}, "weighting 'sum' is not one of"),
+        ({"weighting": "softmax", "routed_scaling": math.inf}, "routed_scaling=inf is not"),
     ],
 )
 def test_what_is_no_router(changes: dict[str, Any], message: str) -> None:
@@ -154,9 +200,13 @@ def test_a_compensation_of_one_tensor_each() -> None:
 
 def test_tensors_and_scalars() -> None:
     assert set(router().tensors()) == {"weight_ED", "scale_E", "balance_bias_E"}
-    assert router().scalars() == {"kind": "linear"}
+    assert router().scalars() == {"kind": "linear", "weighting": "unit", "routed_scaling": 1.0}
     again = Router.build({**router().tensors(), "of_another_version": NONE_S}, {"kind": "linear"})
     assert again.up_weight_ED is None
+    # As routers were written before there was a choice.
+    assert (again.weighting, again.routed_scaling) == ("unit", 1.0)
+    weighted = router(weighting="softmax", routed_scaling=1.5)
+    assert Router.build(weighted.tensors(), weighted.scalars()).routed_scaling == 1.5
     with pytest.raises(TypeError, match="weight_ED"):
         Router.build({}, {"kind": "linear"})
 

@@ -10,18 +10,23 @@ from typing import Any
 import pytest
 import torch
 from exports import (
+    DTYPES,
     EQUAL,
     UNEQUAL,
     add_values,
+    assert_same,
     load_stock,
+    outputs,
     save_converted,
     source_of,
     write_stock,
 )
-from tiny_conversions import load_converted, random_compensation
+from tiny_conversions import (
+    load_converted,
+    random_compensation,
+)
 from tiny_models import SLIDING_WINDOW, random_ids
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from weaver.artifacts.types import Router
 from weaver.errors import WeaverError
@@ -39,28 +44,6 @@ EXACT: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
 }
-DTYPES = (torch.float32, torch.bfloat16)
-# Rounding alone: KL in nats per token.
-LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
-
-
-@torch.no_grad()
-def outputs(model: PreTrainedModel, ids_WT: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities in float64 and the hidden states of every layer."""
-    output = model(input_ids=ids_WT, output_hidden_states=True, use_cache=False)
-    return output.logits.double().log_softmax(-1), list(output.hidden_states)
-
-
-def assert_same(own: PreTrainedModel, stock: PreTrainedModel, dtype: torch.dtype) -> None:
-    ids_WT = random_ids(4, 32)
-    log_p, layers = outputs(own, ids_WT)
-    log_q, stock_layers = outputs(stock, ids_WT)
-    assert len(layers) == len(stock_layers) == 4
-    tolerance = 2e-3 if dtype is torch.float32 else 0.1
-    for layer, other in zip(layers, stock_layers, strict=True):
-        assert (layer - other).float().norm() < tolerance * layer.float().norm()
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    assert 0 <= kl < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,6 +175,7 @@ FEATURES = [
     ({"selection": "threshold"}, "selection by threshold"),
     ({"scale": 0.5}, "trained output factors"),
     ({"scale": 0.0}, "balance biases"),
+    ({"weighting": "softmax", "routed_scaling": 2.0}, "softmax weights of the chosen experts"),
 ]
 
 
@@ -314,7 +298,7 @@ def test_only_powers_of_two_of_experts_are_exact_in_16_bits(tmp_path: Path) -> N
     three = ((16, 4, 8, 3),) * 3
     checkpoint = save_converted(tmp_path, "llama", three, dtype=torch.bfloat16)
     found = granite_moe_shared.TARGET.obstacles(checkpoint, torch.bfloat16)
-    assert [o.what for o in found] == ["K = 3 experts of 16-bit weights"]
+    assert [o.what for o in found] == ["down projections times 3 in 16 bits"]
     assert granite_moe_shared.TARGET.obstacles(checkpoint, torch.float32) == []
     source = replace(source_of(checkpoint), dtype=torch.float32)
     write_stock(tmp_path / "stock", granite_moe_shared.TARGET, source)

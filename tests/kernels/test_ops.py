@@ -13,7 +13,7 @@ from native_kernel import require_native
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import Router, RouterKind, Selection
+from weaver.artifacts.types import Router, RouterKind, Selection, Weighting
 from weaver.kernels import backends, ops
 from weaver.kernels.backends import (
     Backend,
@@ -177,7 +177,7 @@ def test_the_triton_path_adds_the_shared_expert(
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
 
 
-def router_for(hidden: int, kind: RouterKind = "linear") -> Router:
+def router_for(hidden: int, kind: RouterKind = "linear", weighting: Weighting = "unit") -> Router:
     """Of four experts, with everything that it can have."""
     generator = torch.Generator().manual_seed(2)
     weight_ED, up_ED = (torch.randn(4, hidden, generator=generator) for _ in range(2))
@@ -188,6 +188,8 @@ def router_for(hidden: int, kind: RouterKind = "linear") -> Router:
         balance_bias_E=0.1 * torch.randn(4, generator=generator),
         up_weight_ED=up_ED if kind == "glu" else None,
         bias_E=torch.randn(4, generator=generator) if kind == "linear" else None,
+        weighting=weighting,
+        routed_scaling=1.0 if weighting == "unit" else 1.5,
     )
 
 
@@ -198,10 +200,15 @@ def inputs(tokens: int, hidden: int) -> tuple[Tensor, Tensor]:
     return x_TD, torch.randn(4, hidden, generator=generator)
 
 
-ROUTED = [("linear", "top-k"), ("glu", "top-k"), ("linear", "threshold")]
+ROUTED = [
+    ("linear", "top-k", "unit"),
+    ("glu", "top-k", "unit"),
+    ("linear", "threshold", "unit"),
+    ("linear", "top-k", "softmax"),
+]
 
 
-@pytest.mark.parametrize(("kind", "selection"), ROUTED)
+@pytest.mark.parametrize(("kind", "selection", "weighting"), ROUTED)
 @pytest.mark.parametrize("tokens", [1, 33])
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("neurons", [512, 48])
@@ -210,12 +217,13 @@ def test_a_layer_is_its_routing_and_its_experts(
     asked: list[Family],
     kind: RouterKind,
     selection: Selection,
+    weighting: Weighting,
     tokens: int,
     top_k: int,
     neurons: int,
 ) -> None:
     weights = make_ffn(256, neurons, dtype=torch.float32, biases=True)
-    router, (x_TD, bias_ED) = router_for(256, kind), inputs(tokens, 256)
+    router, (x_TD, bias_ED) = router_for(256, kind, weighting), inputs(tokens, 256)
     shared = neurons // 4
     y_TD = layer_forward(x_TD, weights, router, top_k, selection, shared, bias_ED)
     routing = route(x_TD, router, weights.activation, top_k, selection)
@@ -262,7 +270,7 @@ def test_a_few_tokens_are_decoded_in_one_call(
         tensor.requires_grad_(False)
 
 
-@pytest.mark.parametrize(("kind", "selection"), ROUTED)
+@pytest.mark.parametrize(("kind", "selection", "weighting"), ROUTED)
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_on_a_gpu_slots_go_to_the_kernels(
@@ -271,13 +279,14 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     monkeypatch: pytest.MonkeyPatch,
     kind: RouterKind,
     selection: Selection,
+    weighting: Weighting,
     top_k: int,
     tokens: int,
 ) -> None:
     """Grouping pays for one expert per token, of a threshold for the mean that it is set to."""
     pytest.importorskip("triton")
     weights = make_ffn(16, 34, dtype=torch.float32, biases=True)
-    router, (x_TD, bias_ED) = router_for(16, kind), inputs(tokens, 16)
+    router, (x_TD, bias_ED) = router_for(16, kind, weighting), inputs(tokens, 16)
     routing = route(x_TD, router, weights.activation, top_k, selection)
     expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
     monkeypatch.setattr(ops, "backend_for", lambda *_: "triton")

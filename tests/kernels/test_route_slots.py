@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from weaver.artifacts.types import Router, RouterKind, Selection
+from weaver.artifacts.types import Router, RouterKind, Selection, Weighting
 from weaver.kernels.reference import Routing, route, route_slots
 
 
@@ -70,6 +71,54 @@ def test_a_threshold_needs_a_linear_router() -> None:
         route_slots(torch.ones(1, 3), router, "silu", 1, "threshold")
 
 
+def test_softmax_weights_need_top_k() -> None:
+    with pytest.raises(ValueError, match="softmax weights need selection by top-k"):
+        route_slots(torch.ones(1, 3), replace(ROUTER, weighting="softmax"), "silu", 1, "threshold")
+
+
+def test_softmax_weights_by_hand() -> None:
+    """Odds (1, e, 1/e): of the two likeliest 1 / (1 + e) and e / (1 + e), times c."""
+    router = replace(ROUTER, weighting="softmax", routed_scaling=3.0)
+    ids_TK, factors_TK = route_slots(torch.tensor([[1.0, 3.0, 2.0]]), router, "silu", 2)
+    assert ids_TK.tolist() == [[1, 0]]
+    torch.testing.assert_close(factors_TK, 3 * torch.tensor([[math.e, 1.0]]) / (1 + math.e))
+    # The bias decides who is chosen, and no more: experts 0 and 2 with odds 1 and 1/e.
+    biased = replace(router, balance_bias_E=torch.tensor([0.0, -1.0, 0.0]))
+    ids_TK, factors_TK = route_slots(torch.tensor([[1.0, 3.0, 2.0]]), biased, "silu", 2)
+    assert ids_TK.tolist() == [[0, 2]]
+    torch.testing.assert_close(factors_TK, 3 * torch.tensor([[math.e, 1.0]]) / (1 + math.e))
+    # Equal logits: c / K each, 1 for summands with c = K.
+    even = replace(router, weight_ED=torch.zeros(3, 3), bias_E=None, routed_scaling=2.0)
+    assert route_slots(torch.ones(2, 3), even, "silu", 2)[1].tolist() == [[1.0, 1.0]] * 2
+
+
+# 0.7 in float32.
+C = float(torch.tensor(0.7))
+
+
+def test_one_expert_has_the_weight_c_exactly_and_a_gradient() -> None:
+    x_TD = 100 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    router = replace(ROUTER, weighting="softmax", routed_scaling=0.7)
+    assert set(route_slots(x_TD, router, "silu", 1)[1].flatten().tolist()) == {C}
+    # Chosen by its bias alone, with a probability that is 0 in float32.
+    forced = replace(router, balance_bias_E=torch.tensor([2.0, 0.0, 0.0]))
+    unlikely_TD = torch.tensor([[-900.0, 900.0, 0.0]])
+    ids_TK, factors_TK = route_slots(unlikely_TD, forced, "silu", 1)
+    assert (ids_TK.tolist(), factors_TK.tolist()) == ([[0]], [[C]])
+    # dw/ds_i = w (delta_i - p_i), the sum of the chosen probabilities being a constant.
+    router.scale_E.requires_grad_()
+    assert router.bias_E is not None
+    bias_E = router.bias_E.clone().requires_grad_()
+    x_TD = torch.tensor([[2.0, 3.0, 5.0]])
+    ids_TK, factors_TK = route_slots(x_TD, replace(router, bias_E=bias_E), "silu", 2)
+    assert ids_TK.tolist() == [[2, 0]]
+    (grad_E,) = torch.autograd.grad(factors_TK[0, 0], bias_E)
+    p_E = torch.tensor([1.0, 1.0, 2.0]).softmax(0)
+    w = 0.7 * p_E[2] / (p_E[2] + p_E[0])
+    torch.testing.assert_close(grad_E, w * (torch.tensor([0.0, 0.0, 1.0]) - p_E))
+    router.scale_E.requires_grad_(False)
+
+
 def pairs_of(ids_TK: Tensor, factors_TK: Tensor, experts: int) -> list[tuple[int, int, float]]:
     """Token, expert and factor of the slots in use, in order."""
     return [
@@ -81,11 +130,17 @@ def pairs_of(ids_TK: Tensor, factors_TK: Tensor, experts: int) -> list[tuple[int
 
 
 @pytest.mark.parametrize(
-    ("kind", "selection"), [("linear", "top-k"), ("glu", "top-k"), ("linear", "threshold")]
+    ("kind", "selection", "weighting"),
+    [
+        ("linear", "top-k", "unit"),
+        ("glu", "top-k", "unit"),
+        ("linear", "threshold", "unit"),
+        ("glu", "top-k", "softmax"),
+    ],
 )
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_route_is_the_pairs_of_the_slots(
-    kind: RouterKind, selection: Selection, tokens: int
+    kind: RouterKind, selection: Selection, weighting: Weighting, tokens: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     weight_ED, up_ED = (torch.randn(5, 8, generator=generator) for _ in range(2))
@@ -97,6 +152,7 @@ def test_route_is_the_pairs_of_the_slots(
         balance_bias_E=0.1 * torch.randn(5, generator=generator),
         up_weight_ED=up_ED if kind == "glu" else None,
         bias_E=torch.randn(5, generator=generator) if kind == "linear" else None,
+        weighting=weighting,
     )
     routing = route(x_TD, router, "silu", 2, selection)
     slots = route_slots(x_TD, router, "silu", 2, selection)

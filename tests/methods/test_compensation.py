@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_conversions import random_layout, random_router
+from tiny_conversions import overlapping_layout, random_layout, random_router
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_forward, glu_hidden
@@ -188,3 +188,16 @@ def test_a_plan_that_does_nothing_makes_nothing() -> None:
     weights, profile = dense_layer()
     nothing = plan(refit=False, constants=False)
     assert solve_compensation(weights, profile, static_layout(), None, nothing) is None
+
+
+def test_experts_that_overlap_have_the_constants_of_their_layout() -> None:
+    weights, profile = dense_layer()
+    bias_ED = torch.randn(3, HIDDEN)
+    layout = overlapping_layout(NEURONS, experts=3, width=12, top_k=1, expert_bias_ED=bias_ED)
+    router = random_router("linear", 3, HIDDEN, weighting="softmax")
+    found = solve_compensation(weights, profile, layout, router, plan(refit=False, constants=True))
+    assert found is not None
+    assert list(found.tensors()) == ["expert_bias_ED"]
+    assert found.expert_bias_ED is bias_ED
+    with pytest.raises(ValueError, match="experts that overlap cannot be re-solved"):
+        solve_compensation(weights, profile, layout, router, plan(refit=True, constants=True))

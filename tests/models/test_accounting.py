@@ -56,7 +56,7 @@ def test_the_intercept_and_the_constants_by_hand() -> None:
 
 
 def test_a_shape_written_before_there_were_constants() -> None:
-    later = {"router_bias", "expert_bias", "selection"}
+    later = {"router_bias", "expert_bias", "selection", "weighting", "routed_scaling"}
     entry = {k: v for k, v in SHAPE.to_dict().items() if k not in later}
     assert len(entry) == 8
     assert LayerShape(**entry) == SHAPE
@@ -124,6 +124,13 @@ def test_the_shape_of_a_layout() -> None:
     assert LayerShape.of(
         chosen, random_router("linear", 5, 4), gate_bias=False, up_bias=False, output_bias=False
     ) == LayerShape(8, 5, 8, 2, "linear", selection="threshold")
+    weights: dict[str, Any] = {"weighting": "softmax", "routed_scaling": 2.0}
+    weighted = random_layout(48, shared=8, experts=5, top_k=2, **weights)
+    biases: dict[str, Any] = {"gate_bias": False, "up_bias": False, "output_bias": False}
+    found = LayerShape.of(weighted, random_router("linear", 5, 4, **weights), **biases)
+    assert found == LayerShape(8, 5, 8, 2, "linear", weighting="softmax", routed_scaling=2.0)
+    with pytest.raises(ValueError, match=r"weighting is \('softmax', 2\.0\), the router's \('unit'"):
+        LayerShape.of(weighted, random_router("linear", 5, 4), **biases)
     static = random_layout(48, shared=8, experts=0, top_k=0)
     assert LayerShape.of(
         static, None, gate_bias=False, up_bias=False, output_bias=False
@@ -210,3 +217,13 @@ def test_the_parameters_of_a_real_static_model_with_a_bias(
     account = account_of(checkpoint, [(layout, None)] * 3)
     assert account.total_parameters == sum(p.numel() for p in model.parameters())
     assert account.active_parameters == account.total_parameters
+
+
+def test_experts_that_are_summed() -> None:
+    shape = LayerShape(8, 5, 8, 2, "linear")
+    assert shape.sums_experts
+    assert not replace(shape, weighting="softmax", routed_scaling=2.0).sums_experts
+    one = LayerShape(8, 5, 8, 1, "linear", weighting="softmax")
+    assert one.sums_experts
+    assert not replace(one, routed_scaling=2.0).sums_experts
+    assert LayerShape(8).sums_experts

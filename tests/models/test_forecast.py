@@ -52,3 +52,10 @@ def test_seconds_of_a_layer(families: list[Family]) -> None:
 def test_speedup_of_several_layers() -> None:
     found = predicted_speedup([ROUTED, STATIC], 8, 50, torch.float32, 16)
     assert found == pytest.approx(4.0 / 4.9)
+
+
+def test_experts_that_overlap_are_timed_as_they_are_stored(families: list[Family]) -> None:
+    """The dense layer has 50 neurons, the converted one 6 * 20."""
+    shape = LayerShape(0, 6, 20, 1, "linear", weighting="softmax")
+    assert seconds(shape, 1) == pytest.approx((2.0, 0.6))
+    assert [(family.neurons, family.width) for family in families] == [(50, 20), (120, 20)]

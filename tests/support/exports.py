@@ -11,7 +11,7 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_conversions import Conversion, random_layout, random_router, write_converted
-from tiny_models import save_tiny_model
+from tiny_models import random_ids, save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -31,6 +31,11 @@ EQUAL: tuple[Split, ...] = ((16, 4, 8, 2),) * 3
 UNEQUAL: tuple[Split, ...] = ((24, 3, 8, 1), (8, 5, 8, 3), (17, 4, 7, 2))
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+# Rounding alone: KL in nats per token.
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+
+
 def plain_router(experts: int, hidden: int, seed: int, *, intercept: bool) -> Router:
     """A linear router without balance bias or scale."""
     router = random_router("linear", experts, hidden, seed=seed)
@@ -46,6 +51,7 @@ def conversions_of(
     kind: RouterKind = "linear",
     selection: Selection = "top-k",
     scale: float | None = None,
+    **weighting: Any,
 ) -> list[Conversion]:
     """A layout and a router per layer.
 
@@ -56,6 +62,7 @@ def conversions_of(
         kind: of the routers.
         selection: how experts are chosen.
         scale: None for routers without balance bias and scale; else their scale.
+        weighting: how experts are weighted, as of a layout.
     """
     conversions: list[Conversion] = []
     for layer, (shared, experts, width, top_k) in enumerate(splits):
@@ -67,13 +74,14 @@ def conversions_of(
             width=width,
             seed=layer,
             selection=selection,
+            **weighting,
         )
         hidden = checkpoint.hidden_size
         if kind == "linear" and scale is None:
             router = plain_router(experts, hidden, layer, intercept=intercept)
         else:
             router = random_router(kind, experts, hidden, seed=layer, scale=scale or 0.0)
-        conversions.append((layout, router if experts else None))
+        conversions.append((layout, replace(router, **weighting) if experts else None))
     return conversions
 
 
@@ -102,13 +110,16 @@ def ffn_inputs(layer: int, hidden: int) -> Tensor:
     return torch.randn(256, hidden, generator=torch.Generator().manual_seed(layer))
 
 
-def source_of(checkpoint: ConvertedCheckpoint, *, approximate: bool = False) -> Source:
+def source_of(
+    checkpoint: ConvertedCheckpoint, *, approximate: bool = False, softmax: bool = False
+) -> Source:
     """What targets are built from."""
     hidden = checkpoint.config.hidden_size
 
     def layer(index: int) -> ConvertedLayer:
         converted = checkpoint.layer(index)
-        return approximated(converted, ffn_inputs(index, hidden)) if approximate else converted
+        inputs_TD = ffn_inputs(index, hidden)
+        return approximated(converted, inputs_TD, softmax=softmax) if approximate else converted
 
     return Source(
         checkpoint,
@@ -146,3 +157,22 @@ def add_values(folder: Path, suffix: str, value: float) -> None:
         k: torch.full_like(v, value) if k.endswith(suffix) else v for k, v in tensors.items()
     }
     save_file(changed, path, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, ids_WT: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities in float64 and the hidden states of every layer."""
+    output = model(input_ids=ids_WT, output_hidden_states=True, use_cache=False)
+    return output.logits.double().log_softmax(-1), list(output.hidden_states)
+
+
+def assert_same(own: PreTrainedModel, stock: PreTrainedModel, dtype: torch.dtype) -> None:
+    ids_WT = random_ids(4, 32)
+    log_p, layers = outputs(own, ids_WT)
+    log_q, stock_layers = outputs(stock, ids_WT)
+    assert len(layers) == len(stock_layers) == 4
+    tolerance = 2e-3 if dtype is torch.float32 else 0.1
+    for layer, other in zip(layers, stock_layers, strict=True):
+        assert (layer - other).float().norm() < tolerance * layer.float().norm()
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert 0 <= kl < LIMITS[dtype]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tiny_conversions import (
     Conversion,
+    overlapping_conversions,
     random_compensation,
     random_conversions,
     random_layout,
@@ -38,6 +39,21 @@ def _threshold(checkpoint: Checkpoint) -> tuple[list[Conversion], None]:
     return [_with_intercept(conversion, torch.full((5,), -1.0)) for conversion in found], None
 
 
+def _softmax(checkpoint: Checkpoint) -> tuple[list[Conversion], None]:
+    found = random_conversions(
+        checkpoint, shared=8, experts=5, top_k=2, weighting="softmax", routed_scaling=1.5
+    )
+    return found, None
+
+
+def _overlap(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensation]]:
+    """Experts with neurons in common, and each with a constant of its own."""
+    found = overlapping_conversions(checkpoint, experts=4, width=24, top_k=2)
+    generator = torch.Generator().manual_seed(0)
+    bias_ED = torch.randn(4, checkpoint.hidden_size, generator=generator)
+    return found, [Compensation(expert_bias_ED=bias_ED)] * len(found)
+
+
 def _compensated(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensation]]:
     bias_E = torch.linspace(-1, 1, 5)
     found, _ = _top_k(checkpoint)
@@ -60,6 +76,8 @@ FEATURES: dict[str, Feature] = {
     "top-k": _top_k,
     "glu": _glu,
     "threshold": _threshold,
+    "softmax": _softmax,
+    "overlap": _overlap,
     "compensated": _compensated,
     "mixed": _mixed,
 }

@@ -28,7 +28,8 @@ class MaskedFfn(nn.Module):
         factors_TF[:, self.layout.shared_S] = 1.0
         for token, x_D in enumerate(x_TD):
             for expert, factor in self._chosen(x_D):
-                factors_TF[token, self.layout.experts_EN[expert]] = factor
+                # Experts may have neurons in common.
+                factors_TF[token, self.layout.experts_EN[expert]] += factor
         y_TD = (glu_hidden(x_TD, self.weights) * factors_TF) @ self.weights.down_FD
         for bias_D in (self.weights.output_bias_D, self.layout.output_bias_D):
             y_TD = y_TD if bias_D is None else y_TD + bias_D
@@ -49,6 +50,9 @@ class MaskedFfn(nn.Module):
         if self.layout.selection == "threshold":
             pairs = zip(score_E, self.router.balance_bias_E, strict=True)
             chosen = [e for e, (score, bias) in enumerate(pairs) if score > -bias]
+        if self.layout.weighting == "softmax":
+            share_E = self.layout.routed_scaling * probability_E / probability_E[chosen].sum()
+            return [(e, float(share_E[e])) for e in chosen]
         return [(e, float(1 + probability_E[e] * self.router.scale_E[e])) for e in chosen]
 
 

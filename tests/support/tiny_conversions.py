@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind, Selection
+from weaver.artifacts.types import (
+    Compensation,
+    ExpertLayout,
+    Router,
+    RouterKind,
+    Selection,
+    Weighting,
+)
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import converted_config, register
@@ -30,6 +38,8 @@ def random_layout(
     seed: int = 0,
     output_bias_D: Tensor | None = None,
     selection: Selection = "top-k",
+    weighting: Weighting = "unit",
+    routed_scaling: float = 1.0,
 ) -> ExpertLayout:
     """A layout of randomly chosen neurons; by default every neuron that is not shared is routed."""
     order = torch.randperm(intermediate_size, generator=torch.Generator().manual_seed(seed))
@@ -43,11 +53,68 @@ def random_layout(
         experts_EN=routed.reshape(experts, width),
         output_bias_D=output_bias_D,
         selection=selection,
+        weighting=weighting,
+        routed_scaling=routed_scaling,
     )
 
 
+def overlapping_layout(
+    intermediate_size: int,
+    *,
+    experts: int,
+    width: int,
+    top_k: int,
+    shared: int = 0,
+    seed: int = 0,
+    expert_bias_ED: Tensor | None = None,
+) -> ExpertLayout:
+    """Experts that are random prunings of the whole FFN, weighted by a softmax."""
+    generator = torch.Generator().manual_seed(seed)
+    shared_S = torch.arange(shared)
+
+    def expert() -> Tensor:
+        ids_n = shared + torch.randperm(intermediate_size - shared, generator=generator)[:width]
+        return ids_n.sort().values
+
+    return ExpertLayout(
+        intermediate_size,
+        top_k,
+        shared_S,
+        torch.stack([expert() for _ in range(experts)]),
+        weighting="softmax",
+        overlap=True,
+        expert_bias_ED=expert_bias_ED,
+    )
+
+
+def overlapping_conversions(
+    checkpoint: Checkpoint, *, experts: int, width: int, top_k: int, shared: int = 0
+) -> list[Conversion]:
+    """A different overlapping layout and router for every layer."""
+    conversions: list[Conversion] = []
+    for layer in range(checkpoint.num_layers):
+        sizes: dict[str, Any] = {
+            "experts": experts,
+            "width": width,
+            "top_k": top_k,
+            "shared": shared,
+        }
+        layout = overlapping_layout(checkpoint.intermediate_size, **sizes, seed=layer)
+        hidden = checkpoint.hidden_size
+        router = random_router("linear", experts, hidden, seed=layer, weighting="softmax")
+        conversions.append((layout, router))
+    return conversions
+
+
 def random_router(
-    kind: RouterKind, experts: int, hidden_size: int, *, seed: int = 0, scale: float = 0.0
+    kind: RouterKind,
+    experts: int,
+    hidden_size: int,
+    *,
+    seed: int = 0,
+    scale: float = 0.0,
+    weighting: Weighting = "unit",
+    routed_scaling: float = 1.0,
 ) -> Router:
     """A router whose choices depend on the token, with a balance bias that matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,6 +128,8 @@ def random_router(
         scale_E=torch.full((experts,), scale),
         balance_bias_E=0.1 * torch.randn(experts, generator=generator),
         up_weight_ED=matrix() if kind == "glu" else None,
+        weighting=weighting,
+        routed_scaling=routed_scaling,
     )
 
 
@@ -74,9 +143,12 @@ def random_conversions(
     scale: float = 0.0,
     width: int | None = None,
     selection: Selection = "top-k",
+    weighting: Weighting = "unit",
+    routed_scaling: float = 1.0,
 ) -> list[Conversion]:
     """A different layout and router for every layer."""
     conversions: list[Conversion] = []
+    combined: dict[str, Any] = {"weighting": weighting, "routed_scaling": routed_scaling}
     for layer in range(checkpoint.num_layers):
         layout = random_layout(
             checkpoint.intermediate_size,
@@ -86,8 +158,11 @@ def random_conversions(
             width=width,
             seed=layer,
             selection=selection,
+            **combined,
         )
-        router = random_router(kind, experts, checkpoint.hidden_size, seed=layer, scale=scale)
+        router = random_router(
+            kind, experts, checkpoint.hidden_size, seed=layer, scale=scale, **combined
+        )
         conversions.append((layout, router if experts else None))
     return conversions
 

@@ -98,13 +98,42 @@ def sample_positions(tokens: int, rows: int, generator: torch.Generator) -> Tens
     return edges[:-1] + (offset * edges.diff()).long()
 
 
+class Moments:
+    """Mean and variance of neuron activations, merged chunk by chunk.
+
+    The variance comes from centred sums (Chan, Golub and LeVeque), so that a mean much larger than
+    the spread cancels nothing.
+    """
+
+    def __init__(self, neurons: int) -> None:
+        self.count = 0
+        self.mean_F = torch.zeros(neurons, dtype=torch.float64)
+        self._square_F = torch.zeros(neurons, dtype=torch.float64)
+
+    def add(self, hidden_TF: Tensor) -> None:
+        """Add the activations of some tokens, (T, F)."""
+        count, seen = hidden_TF.shape[0], self.count
+        hidden_TF = hidden_TF.float()
+        mean_F = hidden_TF.mean(0)
+        # Two passes: five times as fast as var_mean over the rows of a matrix.
+        spread_F = (hidden_TF - mean_F).square_().sum(0)
+        apart_F = mean_F.double().cpu() - self.mean_F
+        self._square_F += spread_F.double().cpu()
+        self._square_F += apart_F.square() * (seen * count / (seen + count))
+        self.mean_F += apart_F * (count / (seen + count))
+        self.count += count
+
+    @property
+    def variance_F(self) -> Tensor:
+        """Population variance, (F,); zeros before the first token."""
+        return self._square_F / max(1, self.count)
+
+
 class LayerStatistics:
     """Collects a ``LayerProfile`` from batches of FFN inputs.
 
-    Sums and moments are float32 within a chunk of tokens and float64 over all of them; the variance
-    is merged chunk by chunk from centred sums (Chan, Golub and LeVeque), so that a mean much larger
-    than the spread cancels nothing. How the tokens are cut into batches changes the result by float
-    rounding only.
+    Sums and moments are float32 within a chunk of tokens and float64 over all of them. How the
+    tokens are cut into batches changes the result by float rounding only.
 
     Args:
         weights: the dense FFN whose neurons are watched; one layer at a time is in memory.
@@ -112,6 +141,8 @@ class LayerStatistics:
         activation_top_k: K_a, markers per token.
         input_positions_N: positions in the token stream whose FFN inputs are kept, ascending
             (see ``sample_positions``).
+        sample_groups_M: group of each sample, (M,), to keep the moments of h by group as well.
+        num_groups: G, of these groups.
     """
 
     def __init__(
@@ -120,6 +151,8 @@ class LayerStatistics:
         num_samples: int,
         activation_top_k: int,
         input_positions_N: Tensor,
+        sample_groups_M: Tensor | None = None,
+        num_groups: int = 0,
     ) -> None:
         neurons = weights.intermediate_size
         self._weights = weights
@@ -129,8 +162,9 @@ class LayerStatistics:
         self._gate_sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64)
         self._gate_abs_sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64)
         self._tokens_M = torch.zeros(num_samples, dtype=torch.int64)
-        self._mean_F = torch.zeros(neurons, dtype=torch.float64)
-        self._square_F = torch.zeros(neurons, dtype=torch.float64)
+        self._moments = Moments(neurons)
+        self._groups_M = sample_groups_M
+        self._group_moments = [Moments(neurons) for _ in range(num_groups)]
         self._markers: list[Tensor] = []
         self._inputs: list[Tensor] = []
         self._tokens = 0
@@ -160,7 +194,12 @@ class LayerStatistics:
         gate_TF = gate_activation(typed_TD, self._weights)
         self._add_gate(gate_TF, ids_T)
         up_TF = functional.linear(typed_TD, self._weights.up_FD, self._weights.up_bias_F)
-        self._merge_hidden(gate_TF * up_TF)
+        hidden_TF = gate_TF * up_TF
+        self._moments.add(hidden_TF)
+        if self._groups_M is not None:
+            groups_T = self._groups_M[ids_T]
+            for group in groups_T.unique().tolist():
+                self._group_moments[group].add(hidden_TF[groups_T == group])
         self._tokens += x_TD.shape[0]
 
     def _keep_inputs(self, x_TD: Tensor) -> None:
@@ -177,17 +216,6 @@ class LayerStatistics:
         self._gate_sum_MF[samples_m] += (one_hot_mT @ gate_TF).double().cpu()
         self._gate_abs_sum_MF[samples_m] += (one_hot_mT @ gate_TF.abs()).double().cpu()
         self._tokens_M += torch.bincount(ids_T, minlength=self._tokens_M.shape[0])
-
-    def _merge_hidden(self, hidden_TF: Tensor) -> None:
-        count, seen = hidden_TF.shape[0], self._tokens
-        hidden_TF = hidden_TF.float()
-        mean_F = hidden_TF.mean(0)
-        # Two passes: five times as fast as var_mean over the rows of a matrix.
-        spread_F = (hidden_TF - mean_F).square_().sum(0)
-        apart_F = mean_F.double().cpu() - self._mean_F
-        self._square_F += spread_F.double().cpu()
-        self._square_F += apart_F.square() * (seen * count / (seen + count))
-        self._mean_F += apart_F * (count / (seen + count))
 
     def finish(self, sample_groups_M: Tensor) -> LayerProfile:
         """The profile of everything seen.
@@ -210,9 +238,20 @@ class LayerStatistics:
             sample_gate_abs_mean_MF=(self._gate_abs_sum_MF / tokens_M1).float(),
             sample_tokens_M=self._tokens_M.clone(),
             sample_groups_M=sample_groups_M.long().cpu(),
-            hidden_mean_F=self._mean_F.float(),
-            hidden_variance_F=(self._square_F / self._tokens).float(),
+            hidden_mean_F=self._moments.mean_F.float(),
+            hidden_variance_F=self._moments.variance_F.float(),
             marker_neurons_TA=torch.cat(self._markers),
             ffn_inputs_ND=torch.cat(self._inputs),
             tokens=self._tokens,
+            **self._by_group(),
         )
+
+    def _by_group(self) -> dict[str, Tensor]:
+        moments = self._group_moments
+        if not moments:
+            return {}
+        return {
+            "group_tokens_G": torch.tensor([each.count for each in moments]),
+            "group_hidden_mean_GF": torch.stack([each.mean_F for each in moments]).float(),
+            "group_hidden_variance_GF": torch.stack([each.variance_F for each in moments]).float(),
+        }

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from weaver.artifacts.types import TensorRecord
+from weaver.artifacts.record import TensorRecord
 from weaver.errors import WeaverError
 
 # safetensors files with two or more metadata keys are not byte-stable between processes (the header

@@ -6,37 +6,21 @@ holds; ``artifacts.store`` does the writing. Shape legend: see ``weaver.algorith
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, Self
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from weaver.artifacts.record import TensorRecord
 
 RouterKind = Literal["linear", "glu"]
 ROUTER_KINDS: tuple[RouterKind, ...] = ("linear", "glu")
 Selection = Literal["top-k", "threshold"]
 SELECTIONS: tuple[Selection, ...] = ("top-k", "threshold")
-
-
-class TensorRecord:
-    """A frozen dataclass of tensors that maps to and from a safetensors file."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields that are present, by field name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def scalars(self) -> dict[str, int | str]:
-        """The int and str fields, which go into the file's metadata."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if isinstance(value, (int, str))}
-
-    @classmethod
-    def build(cls, tensors: dict[str, Tensor], scalars: dict[str, int | str]) -> Self:
-        """Inverse of ``tensors()`` and ``scalars()``."""
-        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        known = {k: v for k, v in {**scalars, **tensors}.items() if k in names}
-        return cls(**known)
+Weighting = Literal["unit", "softmax"]
+WEIGHTINGS: tuple[Weighting, ...] = ("unit", "softmax")
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,10 @@ class LayerProfile(TensorRecord):
         marker_neurons_TA: per token the ids of the K_a most active neurons, int32.
         ffn_inputs_ND: a sample of FFN inputs x, (tokens kept, D).
         tokens: number of calibration tokens.
+        group_tokens_G: tokens of each group, int64, (G,); the three of groups are there only where
+            the calibration keeps groups apart.
+        group_hidden_mean_GF: ``E[h_j]`` over the tokens of each group, float32.
+        group_hidden_variance_GF: ``Var(h_j)`` over them (population), float32.
     """
 
     sample_gate_mean_MF: Tensor
@@ -66,6 +54,9 @@ class LayerProfile(TensorRecord):
     marker_neurons_TA: Tensor
     ffn_inputs_ND: Tensor
     tokens: int
+    group_tokens_G: Tensor | None = None
+    group_hidden_mean_GF: Tensor | None = None
+    group_hidden_variance_GF: Tensor | None = None
 
     @property
     def intermediate_size(self) -> int:
@@ -96,10 +87,17 @@ class ExpertLayout(TensorRecord):
         output_bias_D: constant added to the output, for what was dropped; or None.
         selection: how a token's experts are chosen, see ``Router``: "top-k", or "threshold", where
             their number differs from token to token. A static layout has "top-k".
+        weighting: how the outputs of a token's experts are combined, see ``Router``: "unit", or
+            "softmax", only with "top-k". A static layout has "unit".
+        routed_scaling: c of "softmax", positive; 1 for "unit".
+        overlap: experts are prunings of the whole FFN: a neuron may belong to several of them, or
+            to none. Without it no neuron stands twice.
+        expert_bias_ED: constant that makes up for what each expert dropped, (E, D), or None; the
+            layer has it as a ``Compensation``.
 
     Raises:
         ValueError: an id is out of range or used twice, K lies outside 1..E, nothing is left, or
-            there is no such selection or nothing to select.
+            there is no such selection or weighting, nothing to select, or they do not agree.
     """
 
     intermediate_size: int
@@ -108,10 +106,15 @@ class ExpertLayout(TensorRecord):
     experts_EN: Tensor
     output_bias_D: Tensor | None = None
     selection: Selection = "top-k"
+    weighting: Weighting = "unit"
+    routed_scaling: float = 1.0
+    overlap: bool = False
+    expert_bias_ED: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection {self.selection!r} is not one of {SELECTIONS}")
+        _check_weighting(self.weighting, self.routed_scaling)
         if self.shared_S.dim() != 1 or self.experts_EN.dim() != 2:
             raise ValueError("shared_S is a vector, experts_EN a matrix")
         neurons = self.permutation
@@ -119,13 +122,30 @@ class ExpertLayout(TensorRecord):
             raise ValueError("layout holds no neuron")
         if int(neurons.min()) < 0 or int(neurons.max()) >= self.intermediate_size:
             raise ValueError(f"neuron id outside 0..{self.intermediate_size - 1}")
-        if neurons.unique().numel() != neurons.numel():
-            raise ValueError("a neuron is assigned twice")
+        self._check_repetitions()
         low = 1 if self.num_routed_experts else 0
         if not low <= self.top_k <= self.num_routed_experts:
             raise ValueError(f"top_k={self.top_k} outside {low}..{self.num_routed_experts}")
-        if self.selection != "top-k" and not self.num_routed_experts:
-            raise ValueError(f"selection {self.selection!r} of a layout without routed experts")
+        if not self.num_routed_experts:
+            for name, value, neutral in (
+                ("selection", self.selection, "top-k"),
+                ("weighting", self.weighting, "unit"),
+            ):
+                if value != neutral:
+                    raise ValueError(f"{name} {value!r} of a layout without routed experts")
+        if self.weighting == "softmax" and self.selection != "top-k":
+            raise ValueError(f"softmax weights of experts that are selected by {self.selection}")
+        if self.expert_bias_ED is not None and len(self.expert_bias_ED) != self.num_routed_experts:
+            raise ValueError("expert_bias_ED needs one row per expert")
+
+    def _check_repetitions(self) -> None:
+        # Overlapping experts share neurons with each other, but not with the shared expert.
+        groups = [self.permutation]
+        if self.overlap:
+            groups = [torch.cat([self.shared_S, expert_N]) for expert_N in self.experts_EN]
+        for ids_n in groups:
+            if ids_n.unique().numel() != ids_n.numel():
+                raise ValueError("a neuron is assigned twice")
 
     @property
     def num_shared_neurons(self) -> int:
@@ -150,8 +170,16 @@ class ExpertLayout(TensorRecord):
         return 1.0 - self.active_neurons / self.intermediate_size
 
     @property
+    def skips(self) -> bool:
+        """Whether a token leaves neurons out that others, or the dense FFN, have."""
+        return self.overlap or self.active_neurons < self.intermediate_size
+
+    @property
     def permutation(self) -> Tensor:
-        """Neuron ids in storage order: shared first, then expert by expert, (S + E * N,)."""
+        """Neuron ids in storage order: shared first, then expert by expert, (S + E * N,).
+
+        With ``overlap`` an id stands as often as experts hold the neuron, and is stored as often.
+        """
         return torch.cat([self.shared_S, self.experts_EN.reshape(-1)])
 
 
@@ -164,8 +192,13 @@ class Router(TensorRecord):
 
     The layout names the selection. ``top-k``: the K largest of ``softmax(s) + balance_bias``.
     ``threshold``, only for ``linear``: every expert with ``s + balance_bias > 0``, which may be
-    none or all of them; the threshold itself is part of the intercept. An expert's output is
-    multiplied by ``1 + softmax(s) * scale``, which is exactly 1 until fine-tuning moves ``scale``.
+    none or all of them; the threshold itself is part of the intercept.
+
+    The weighting is the layout's, which the router repeats. ``unit``, for experts that are summands
+    of one FFN: an expert's output is multiplied by ``1 + softmax(s) * scale``, which is exactly 1
+    until fine-tuning moves ``scale``. ``softmax``, for experts each of which stands for the whole
+    FFN, or for summands with c = K: the factor of a chosen expert is
+    ``c * p_e / sum_{chosen} p`` with ``p = softmax(s)``; ``scale`` is not used.
 
     Args:
         kind: "linear" or "glu".
@@ -174,9 +207,12 @@ class Router(TensorRecord):
         balance_bias_E: added for selection only, (E,).
         up_weight_ED: the representatives' up columns, (E, D); only for "glu".
         bias_E: intercept of the linear logits, (E,), or None; only for "linear".
+        weighting: how the outputs of a token's experts are combined.
+        routed_scaling: c of "softmax", positive; 1 for "unit".
 
     Raises:
-        ValueError: shapes do not agree, or the kind and the optional tensors do not.
+        ValueError: shapes do not agree, the kind and the optional tensors do not, or there is no
+            such weighting.
     """
 
     kind: RouterKind
@@ -185,8 +221,11 @@ class Router(TensorRecord):
     balance_bias_E: Tensor
     up_weight_ED: Tensor | None = None
     bias_E: Tensor | None = None
+    weighting: Weighting = "unit"
+    routed_scaling: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_weighting(self.weighting, self.routed_scaling)
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"router kind {self.kind!r} is not one of {ROUTER_KINDS}")
         if (self.kind == "glu") != (self.up_weight_ED is not None):
@@ -240,3 +279,12 @@ class Compensation(TensorRecord):
         if len({tensor.shape[-1] for tensor in present.values()}) > 1:
             shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
             raise ValueError(f"hidden sizes differ: {shapes}")
+
+
+def _check_weighting(weighting: Weighting, routed_scaling: float) -> None:
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is not one of {WEIGHTINGS}")
+    if not (math.isfinite(routed_scaling) and routed_scaling > 0):
+        raise ValueError(f"routed_scaling={routed_scaling} is not positive")
+    if weighting == "unit" and routed_scaling != 1:
+        raise ValueError(f"routed_scaling={routed_scaling} of experts with weight 1")

@@ -26,6 +26,13 @@ def calibrate(
     input_sample_mb: Annotated[
         float | None, typer.Option(help="FFN inputs kept per layer, megabytes.")
     ] = None,
+    groups: Annotated[
+        bool | None,
+        typer.Option(
+            "--groups/--no-groups",
+            help="Keep the groups of the data apart, as many tokens of each (for --method dive).",
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     trust_remote_code: Annotated[
@@ -51,6 +58,7 @@ def calibrate(
         "sequence_length": sequence_length,
         "activation_top_k": activation_top_k,
         "input_sample_mb": input_sample_mb,
+        "groups": groups,
     }
     names = overrides or []
     model_config = load_section(ModelConfig, "model", config, names, model_flags)

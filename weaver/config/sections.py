@@ -25,13 +25,18 @@ class ModelConfig(Section):
 
 
 class CalibrateConfig(Section):
-    """Which text is run through the model, and which statistics are kept."""
+    """Which text is run through the model, and which statistics are kept.
+
+    ``groups``: the groups of the data are kept apart, with as many tokens of each, and statistics
+    of each are kept too.
+    """
 
     data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
     tokens: int = Field(32768, gt=0)
     sequence_length: int = Field(512, gt=1)
     activation_top_k: int = Field(10, gt=0)
     input_sample_mb: float = Field(256.0, gt=0)
+    groups: bool = False
 
 
 class RouterConfig(Section):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from weaver.artifacts.types import TensorRecord
+from weaver.artifacts.record import TensorRecord
 from weaver.data.sources import DataSpec, Document, read_documents
 from weaver.errors import WeaverError
 
@@ -62,7 +62,9 @@ class PackedTokens(TensorRecord):
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """A stretch of one document: its token ids with their separators, and its group."""
+
     tokens: list[int]
     group: str
 
@@ -115,7 +117,7 @@ def pack(
             fix=f"--tokens {sequence_length}, or a smaller --sequence-length",
         )
     shares = _shares(specs, tokens // sequence_length * sequence_length)
-    samples: list[_Sample] = []
+    samples: list[Sample] = []
     for spec, share in zip(specs, shares, strict=True):
         documents = read_documents(spec.location, data_dir)
         generator = random.Random(f"{seed}:{spec.location}")
@@ -156,7 +158,7 @@ def windows(
     """
     if sequence_length < 1 or (limit is not None and limit < 1):
         raise ValueError("sequence_length and limit are positive")
-    text = "\n\n".join(document.text for document in _take_turns(_by_group(documents)))
+    text = "\n\n".join(document.text for document in _take_turns(by_group(documents)))
     ids = _token_ids(tokenizer, text)
     prefix, _ = _separators(tokenizer)
     body = sequence_length - len(prefix)
@@ -195,25 +197,25 @@ def _take(
     generator: random.Random,
     share: int,
     sequence_length: int,
-) -> list[_Sample]:
+) -> list[Sample]:
     """Samples of one source that add up to its share, or all of them if they do not reach it."""
-    groups = _by_group(documents)
+    groups = by_group(documents)
     limit = min(sequence_length, max(share // len(groups), MIN_SAMPLE_TOKENS))
     for members in groups:
         generator.shuffle(members)
-    samples: list[_Sample] = []
+    samples: list[Sample] = []
     missing = share
-    for sample in _take_turns([_group_samples(group, tokenizer, limit) for group in groups]):
-        samples.append(_Sample(sample.tokens[:missing], sample.group))
+    for sample in _take_turns([group_samples(group, tokenizer, limit) for group in groups]):
+        samples.append(Sample(sample.tokens[:missing], sample.group))
         missing -= len(samples[-1].tokens)
         if missing == 0:
             break
     return samples
 
 
-def _group_samples(
+def group_samples(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, limit: int
-) -> Iterator[_Sample]:
+) -> Iterator[Sample]:
     """The first piece of every document, then the second of those that are longer, and so on."""
     prefix, suffix = _separators(tokenizer)
     # A separator that fills the whole sample would leave no text.
@@ -222,16 +224,17 @@ def _group_samples(
     for document in documents:
         ids = _token_ids(tokenizer, document.text)
         if ids:
-            yield _Sample(prefix + ids[:body] + suffix, document.group)
+            yield Sample(prefix + ids[:body] + suffix, document.group)
             rests.append((ids[body:], document.group))
     while rests:
         ids, group = rests.popleft()
         if ids:
-            yield _Sample(prefix + ids[:body] + suffix, group)
+            yield Sample(prefix + ids[:body] + suffix, group)
             rests.append((ids[body:], group))
 
 
-def _by_group(documents: Sequence[Document]) -> list[list[Document]]:
+def by_group(documents: Sequence[Document]) -> list[list[Document]]:
+    """The documents of each group; groups by their first document."""
     groups: dict[str, list[Document]] = {}
     for document in documents:
         groups.setdefault(document.group, []).append(document)
@@ -265,7 +268,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _require_share(
     spec: DataSpec,
     specs: Sequence[DataSpec],
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
     share: int,
     sequence_length: int,
 ) -> None:
@@ -282,7 +285,7 @@ def _require_share(
     )
 
 
-def _to_windows(samples: Sequence[_Sample], sequence_length: int) -> PackedTokens:
+def _to_windows(samples: Sequence[Sample], sequence_length: int) -> PackedTokens:
     names = dict.fromkeys(sample.group for sample in samples)
     index = {name: number for number, name in enumerate(names)}
     lengths = torch.tensor([len(sample.tokens) for sample in samples])

@@ -79,9 +79,11 @@ class Target:
         summary: what it is and where it runs, one line.
         obstacles: what it cannot hold of a model, with weights of a dtype.
         build: the model in its form; of models without obstacles, or with approximated layers.
+        softmax: it weights the chosen experts by the softmax of their logits.
     """
 
     name: str
     summary: str
     obstacles: Callable[[ConvertedCheckpoint, torch.dtype], list[Obstacle]]
     build: Callable[[Source], StockModel]
+    softmax: bool = False

@@ -20,7 +20,11 @@ _REBUILD = "rebuild the router: weaver build-router --router ridge"
 
 
 def ffn_obstacles(
-    checkpoint: ConvertedCheckpoint, dtype: torch.dtype, *, intercepts: bool
+    checkpoint: ConvertedCheckpoint,
+    dtype: torch.dtype,
+    *,
+    intercepts: bool,
+    softmax: bool = False,
 ) -> list[Obstacle]:
     """What a target with linear top-k routers and experts without constants cannot hold.
 
@@ -28,6 +32,7 @@ def ffn_obstacles(
         checkpoint: the converted model.
         dtype: of the exported weights.
         intercepts: whether the target has a bias that only selects.
+        softmax: whether the target weights the chosen experts by the softmax of their logits.
     """
     shapes = checkpoint.shapes
     if all(shape.router_kind is None for shape in shapes):
@@ -58,6 +63,8 @@ def ffn_obstacles(
         found.append(_BALANCE if intercepts else replace(_BALANCE, approximation=None))
     if checkpoint.was_trained("router.scale"):
         found.append(_FACTORS)
+    if not softmax and not all(shape.sums_experts for shape in shapes):
+        found.append(_WEIGHTS)
     if any(shape.router_bias for shape in shapes) and not intercepts:
         found.append(Obstacle("router intercepts", "the target's router has none", "--to glm4-moe"))
     return found
@@ -92,19 +99,26 @@ _FACTORS = Obstacle(
     _OWN,
     "each expert times its mean factor",
 )
+_WEIGHTS = Obstacle(
+    "softmax weights of the chosen experts",
+    "the target sums experts with weight 1",
+    _OWN,
+    "each expert times its mean factor",
+)
 
 
-def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
+def approximated(layer: ConvertedLayer, x_TD: Tensor, *, softmax: bool = False) -> ConvertedLayer:
     """The nearest layer with a linear top-k router, factors of 1 and no constants.
 
     GLU scores are fitted by ``sqrt(s) ~ x W^T + b`` (ridge regression). A balance bias ``c``, which
     adds to probabilities, becomes ``c / p`` on the logits, with p the mean probability of the K-th
-    expert (``ds = dp / p``). An expert's trained factors become their mean over the tokens that
-    select it, in its rows of the down projection.
+    expert (``ds = dp / p``). An expert's factors (trained ones, softmax weights) become their mean
+    over the tokens that select it, in its rows of the down projection.
 
     Args:
         layer: a converted FFN.
         x_TD: FFN inputs of the calibration text, (T, D).
+        softmax: the target has softmax weights, which are left as they are.
     """
     router, shape = layer.router, layer.shape
     bare = replace(layer.weights, output_bias_D=None)
@@ -118,6 +132,7 @@ def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
     factors_E = torch.where(
         routing.counts_E() > 0, sums_E / routing.counts_E().clamp_min(1), torch.ones(())
     )
+    weighted = softmax and shape.weighting == "softmax"
     scores_TE = router_logits(x_TD, router, activation)
     weight_ED, bias_E = router.weight_ED.float(), router.bias_E
     if router.kind == "glu":
@@ -130,6 +145,8 @@ def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
         bias_E = added_E if bias_E is None else bias_E.float() + added_E
     zeros_E = torch.zeros(shape.n_routed_experts)
     linear = Router("linear", weight_ED, zeros_E, zeros_E, bias_E=bias_E)
+    if weighted:
+        linear = replace(linear, weighting="softmax", routed_scaling=shape.routed_scaling)
     plain = replace(
         shape,
         router_kind="linear",
@@ -137,8 +154,11 @@ def approximated(layer: ConvertedLayer, x_TD: Tensor) -> ConvertedLayer:
         selection="top-k",
         expert_bias=False,
         output_bias=False,
+        weighting=linear.weighting,
+        routed_scaling=linear.routed_scaling,
     )
-    return ConvertedLayer(plain, replace(bare, down_FD=_scaled(layer, factors_E)), linear)
+    down_FD = layer.weights.down_FD if weighted else _scaled(layer, factors_E)
+    return ConvertedLayer(plain, replace(bare, down_FD=down_FD), linear)
 
 
 def _scaled(layer: ConvertedLayer, factors_E: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 A token's experts are the K largest of ``x W^T``; their outputs are summed with the weights
 ``softmax(selected logits)``. With W scaled by a power of two so small that every exponential is 1,
 each weight is 1/K, and a down projection times K gives the unweighted sum. The selection is that of
-the unscaled router, bit for bit: a power of two changes no order.
+the unscaled router, bit for bit: a power of two changes no order. Layers with softmax weights are
+what the architecture computes: their routers stay as they are, and a down projection times c.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +29,7 @@ from weaver.export.attention import (
 )
 from weaver.export.base import Obstacle, Source, StockModel, Target
 from weaver.export.features import ffn_obstacles
+from weaver.models.accounting import LayerShape
 from weaver.models.converted import ConvertedCheckpoint
 from weaver.models.writing import Part
 
@@ -49,17 +52,29 @@ def obstacles(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obsta
     if len(shapes) > 1:
         what = f"{len(shapes)} different splits of layers"
         found.append(Obstacle(what, "the target has one shape for all layers", other))
-    top_k = checkpoint.shapes[0].num_experts_per_tok
-    if dtype is not torch.float32 and top_k & (top_k - 1):
+    factors = sorted({_factor(shape) for shape in checkpoint.shapes if shape.router_kind})
+    if dtype is not torch.float32 and any(math.frexp(factor)[0] != 0.5 for factor in factors):
+        times = ", ".join(f"{factor:g}" for factor in factors)
         found.append(
             Obstacle(
-                f"K = {top_k} experts of 16-bit weights",
-                f"down projections times {top_k}, no power of two, are rounded once more",
+                f"down projections times {times} in 16 bits",
+                "products with what is no power of two are rounded once more",
                 f"--dtype float32, or {other}",
                 approximation="rounded down projections",
             )
         )
-    return found + ffn_obstacles(checkpoint, dtype, intercepts=False)
+    return found + ffn_obstacles(checkpoint, dtype, intercepts=False, softmax=True)
+
+
+def _factor(shape: LayerShape) -> float:
+    """By which the runtime's weights, whose sum is 1, differ from the model's."""
+    if shape.weighting == "softmax":
+        return shape.routed_scaling
+    return float(shape.num_experts_per_tok)
+
+
+def _scale(shape: LayerShape) -> float:
+    return 1.0 if shape.weighting == "softmax" else ROUTER_SCALE
 
 
 def build(source: Source) -> StockModel:
@@ -74,7 +89,7 @@ def build(source: Source) -> StockModel:
         *(_part(source, layer) for layer in range(checkpoint.num_layers)),
     ]
     experts = [list(range(shape.n_routed_experts)) for shape in checkpoint.shapes]
-    facts: dict[str, object] = {"router_scale": [ROUTER_SCALE] * checkpoint.num_layers}
+    facts: dict[str, object] = {"router_scale": [_scale(shape) for shape in checkpoint.shapes]}
     return StockModel(_config(source), parts, experts, "block_sparse_moe.router", facts)
 
 
@@ -147,10 +162,12 @@ def _ffn(source: Source, layer: int) -> dict[str, Tensor]:
         rows_FD[shared:].unflatten(0, (experts, -1))
         for rows_FD in (weights.gate_FD, weights.up_FD, weights.down_FD)
     )
-    # The weight 1/K as the runtime has it, so that rounding it in bfloat16 cancels.
-    share = torch.tensor(1.0 / shape.num_experts_per_tok).to(source.dtype).float()
+    share = torch.tensor(1.0 / _factor(shape))
+    if shape.weighting == "unit":
+        # The weight 1/K as the runtime has it, so that rounding it in bfloat16 cancels.
+        share = share.to(source.dtype).float()
     tensors = {
-        "block_sparse_moe.router.layer.weight": router.weight_ED.float() * ROUTER_SCALE,
+        "block_sparse_moe.router.layer.weight": router.weight_ED.float() * _scale(shape),
         "block_sparse_moe.input_linear.weight": torch.cat([gate_EN, up_EN], dim=1),
         "block_sparse_moe.output_linear.weight": (down_EN.float() / share).transpose(1, 2),
     }
@@ -166,4 +183,5 @@ TARGET = Target(
     summary="transformers without own code, vLLM; a linear router without intercept, equal layers",
     obstacles=obstacles,
     build=build,
+    softmax=True,
 )

@@ -110,7 +110,12 @@ def route(
     """The experts of every token and the factors of their outputs.
 
     Selection: the K largest of ``softmax(s) + balance_bias`` ("top-k"), or all with
-    ``s + balance_bias > 0`` ("threshold"). Factor: ``1 + softmax(s) * scale``.
+    ``s + balance_bias > 0`` ("threshold"). Factor, with ``p = softmax(s)``: ``1 + p_e * scale_e``
+    for the weighting "unit", ``c * p_e / sum_{chosen} p`` for "softmax".
+
+    Deviation: the denominator of "softmax" counts as a constant in gradients, so that the gradient
+    of a factor w_e is ``dw_e/ds_i = w_e (delta_ei - p_i)``. With K = 1 the factor is exactly c, and
+    its true gradient 0, from which no router could learn (straight-through).
 
     Args:
         x_TD: FFN inputs, (T, D).
@@ -121,7 +126,8 @@ def route(
 
     Raises:
         ValueError: a threshold on a glu router: its scores are not negative, and it has no
-            intercept that could hold the threshold.
+            intercept that could hold the threshold. Softmax weights with a threshold, which may
+            select nothing.
     """
     experts = router.weight_ED.shape[0]
     ids_TK, weights_TK = route_slots(x_TD, router, activation, top_k, selection)
@@ -144,16 +150,29 @@ def route_slots(
     """
     if selection == "threshold" and router.kind != "linear":
         raise ValueError(f"a {router.kind} router selects by top-k, only a linear one by threshold")
+    if selection == "threshold" and router.weighting == "softmax":
+        raise ValueError("softmax weights need selection by top-k")
     scores_TE = router_logits(x_TD, router, activation)
     probabilities_TE = scores_TE.softmax(dim=-1)
     weights_TE = 1.0 + probabilities_TE * router.scale_E.float()
     balance_bias_E = router.balance_bias_E.float()
     if selection == "top-k":
         ids_TK = (probabilities_TE + balance_bias_E).topk(top_k, dim=-1).indices
+        if router.weighting == "softmax":
+            return ids_TK, router.routed_scaling * _shares(scores_TE, ids_TK)
         return ids_TK, weights_TE.gather(1, ids_TK)
     experts = router.weight_ED.shape[0]
     ids_E = torch.arange(experts, device=x_TD.device)
     return torch.where(scores_TE + balance_bias_E > 0, ids_E, experts), weights_TE
+
+
+def _shares(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """``p_e / sum_{chosen} p`` with the sum constant in gradients, (T, K).
+
+    In logarithms: a balance bias may choose experts whose probabilities are all 0 in float32.
+    """
+    chosen_TK = scores_TE.log_softmax(dim=-1).gather(1, ids_TK)
+    return (chosen_TK - chosen_TK.detach().logsumexp(dim=-1, keepdim=True)).exp()
 
 
 def masked_forward(

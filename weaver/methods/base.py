@@ -24,6 +24,11 @@ class MethodOptions(BaseModel):
         """How the layouts that these options make select experts."""
         return "top-k"
 
+    @property
+    def experts_per_token(self) -> int | None:
+        """K of experts that each stand for the whole FFN; None where they are slices of it."""
+        return None
+
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
@@ -38,8 +43,11 @@ class LayerProblem:
         profile: statistics of the calibration tokens at this layer.
         active_neurons: S + K * N that the layout must reach, a multiple of ``expert_width`` plus
             the neurons left over when F is not a multiple of it.
-        num_experts: Ne, slices of the FFN, shared ones counted in; 0 for static methods.
+        num_experts: Ne, slices of the FFN, shared ones counted in; 0 for static methods; E where
+            experts are prunings of the whole FFN.
         expert_width: N, neurons per slice; 0 for static methods.
+        group_experts_G: the expert of each calibration group, int64, (G,); only for methods that
+            prune by groups.
     """
 
     layer: int
@@ -48,6 +56,7 @@ class LayerProblem:
     active_neurons: int
     num_experts: int
     expert_width: int
+    group_experts_G: Tensor | None = None
 
     @property
     def leftover_neurons(self) -> int:
@@ -84,6 +93,9 @@ class MethodSpec(Generic[OptionsT]):
         constants: whether the mean output of what is skipped is supplied by default, beyond what
             the method's layout itself supplies.
         allocation: how active neurons are divided among the layers by default.
+        prunes_groups: experts are prunings of the whole FFN, each for some groups of the
+            calibration text, which has to keep them apart; which groups belong together is measured
+            first. Such experts overlap, and every layer has the same number of active neurons.
     """
 
     name: str
@@ -98,6 +110,7 @@ class MethodSpec(Generic[OptionsT]):
     refit: bool = False
     constants: bool = False
     allocation: Literal["uniform", "adaptive", "fisher"] = "uniform"
+    prunes_groups: bool = False
 
     @property
     def is_static(self) -> bool:

@@ -48,7 +48,8 @@ def solve_compensation(
     the conditional means: ``c_e = E[h_e Wd_e | e skipped]``, ``b_e = -c_e``, ``b = sum_e c_e`` plus
     the mean output of neurons that the layout dropped. With ``refit``, ``Wd``, ``b_e`` and ``b``
     minimise the squared distance to the dense output over the profile's tokens, ``Wd`` shrunk
-    toward the original (``ShrunkRegression``).
+    toward the original (``ShrunkRegression``). Experts that overlap are not summands: their
+    constants are those of the layout, made when it was.
 
     Args:
         weights: the dense FFN, float32.
@@ -61,6 +62,10 @@ def solve_compensation(
     """
     if not plan.refit and not plan.constants:
         return None
+    if layout.overlap:
+        if plan.refit:
+            raise ValueError("the down projection of experts that overlap cannot be re-solved")
+        return Compensation(expert_bias_ED=layout.expert_bias_ED)
     start_PD, regression = _accumulate(weights, profile, layout, router, plan)
     solved_PD = regression.solve(start_PD, plan.shrinkage) if plan.refit else start_PD
     return _record(weights, layout, solved_PD, plan)

@@ -61,7 +61,7 @@ def mean_gate_router(
     """
     del profile, generator
     _require_experts(layout)
-    return _untrained("linear", weights.gate_FD[layout.experts_EN].float().mean(1))
+    return _untrained(layout, "linear", weights.gate_FD[layout.experts_EN].float().mean(1))
 
 
 def representative_router(
@@ -86,7 +86,7 @@ def representative_router(
     del generator
     representatives_E = representative_neurons(profile, layout)
     unit = normalised(weights.select(representatives_E))
-    return _untrained("glu", unit.gate_FD, unit.up_FD)
+    return _untrained(layout, "glu", unit.gate_FD, unit.up_FD)
 
 
 def random_router(
@@ -109,7 +109,8 @@ def random_router(
     del profile
     _require_experts(layout)
     shape = (layout.num_routed_experts, weights.hidden_size)
-    return _untrained("linear", torch.randn(shape, generator=generator) * weights.hidden_size**-0.5)
+    weight_ED = torch.randn(shape, generator=generator) * weights.hidden_size**-0.5
+    return _untrained(layout, "linear", weight_ED)
 
 
 def ridge_router(
@@ -142,7 +143,7 @@ def ridge_router(
     weight_ED, bias_E = fit_scores(x_TD, torch.cat(contributions))
     if layout.selection == "threshold":
         bias_E = bias_E - selection_threshold(x_TD @ weight_ED.T + bias_E, layout.top_k)
-    return _untrained("linear", weight_ED, bias_E=bias_E)
+    return _untrained(layout, "linear", weight_ED, bias_E=bias_E)
 
 
 def representative_neurons(profile: LayerProfile, layout: ExpertLayout) -> Tensor:
@@ -163,12 +164,13 @@ def _require_experts(layout: ExpertLayout) -> None:
 
 
 def _untrained(
+    layout: ExpertLayout,
     kind: RouterKind,
     weight_ED: Tensor,
     up_weight_ED: Tensor | None = None,
     bias_E: Tensor | None = None,
 ) -> Router:
-    """A router with output scale and balance bias zero, as before any training."""
+    """A router of the layout's weighting, with output scale and balance bias zero."""
     zeros_E = torch.zeros(weight_ED.shape[0])
     return Router(
         kind=kind,
@@ -177,6 +179,8 @@ def _untrained(
         balance_bias_E=zeros_E.clone(),
         up_weight_ED=up_weight_ED,
         bias_E=bias_E,
+        weighting=layout.weighting,
+        routed_scaling=layout.routed_scaling,
     )
 
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from weaver.artifacts.types import Compensation, ExpertLayout, Router, RouterKind, Selection
+from weaver.artifacts.types import (
+    Compensation,
+    ExpertLayout,
+    Router,
+    RouterKind,
+    Selection,
+    Weighting,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class LayerShape:
         router_bias: the router has an intercept.
         expert_bias: every routed expert adds a constant to the output where it is selected.
         selection: how a token's experts are chosen; "top-k" for a static layer.
+        weighting: how the outputs of a token's experts are combined; "unit" for a static layer.
+        routed_scaling: c of "softmax"; 1 for "unit".
     """
 
     num_shared_neurons: int
@@ -43,6 +52,8 @@ class LayerShape:
     router_bias: bool = False
     expert_bias: bool = False
     selection: Selection = "top-k"
+    weighting: Weighting = "unit"
+    routed_scaling: float = 1.0
 
     @classmethod
     def of(
@@ -62,7 +73,14 @@ class LayerShape:
             router: its router, None if static.
             compensation: its compensation, if it has one.
             gate_bias, up_bias, output_bias: biases the dense FFN itself has.
+
+        Raises:
+            ValueError: layout and router weight the experts' outputs differently.
         """
+        wanted = (layout.weighting, layout.routed_scaling)
+        if router is not None and (router.weighting, router.routed_scaling) != wanted:
+            found = (router.weighting, router.routed_scaling)
+            raise ValueError(f"the layout's weighting is {wanted}, the router's {found}")
         added = (layout, compensation) if compensation is not None else (layout,)
         return cls(
             num_shared_neurons=layout.num_shared_neurons,
@@ -76,6 +94,8 @@ class LayerShape:
             router_bias=router is not None and router.bias_E is not None,
             expert_bias=compensation is not None and compensation.expert_bias_ED is not None,
             selection=layout.selection,
+            weighting=layout.weighting,
+            routed_scaling=layout.routed_scaling,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +146,15 @@ class LayerShape:
         neurons = self.num_shared_neurons + experts * self.moe_intermediate_size
         constants = self.expert_bias * experts * hidden_size
         return round(2 * hidden_size * (3 * neurons + self.router_rows) + constants)
+
+    @property
+    def sums_experts(self) -> bool:
+        """An untrained router puts the factor 1 on every chosen expert: "unit", or one of weight 1.
+
+        The softmax over a single chosen expert is 1.
+        """
+        alone = self.num_experts_per_tok == 1 and self.routed_scaling == 1
+        return self.weighting == "unit" or alone
 
     @property
     def router_rows(self) -> int:

@@ -127,6 +127,8 @@ class ConvertedCheckpoint:
                 balance_bias_E=state["router.balance_bias"],
                 up_weight_ED=state.get("router.up_weight"),
                 bias_E=state.get("router.bias"),
+                weighting=shape.weighting,
+                routed_scaling=shape.routed_scaling,
             )
         return ConvertedLayer(shape, weights, router, state.get("expert_bias"))
 

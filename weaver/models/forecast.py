@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -44,8 +45,13 @@ def predicted_seconds(
         return costs.at(costs.dense, tokens), masked * shape.num_shared_neurons / intermediate_size
     pairs = tokens * shape.num_experts_per_tok
     work = Workload(shape.num_shared_neurons, shape.n_routed_experts, tokens, pairs)
+    # Experts that overlap are stored with more neurons than the dense layer has.
+    dense = costs.at(costs.dense, tokens)
+    if shape.total_neurons > intermediate_size:
+        family = replace(family, neurons=shape.total_neurons)
+        costs = costs_of(family)
     chosen = costs.seconds(work, family, costs.faster(work, family))
-    return costs.at(costs.dense, tokens), chosen + costs.at(costs.routing, tokens)
+    return dense, chosen + costs.at(costs.routing, tokens)
 
 
 def predicted_speedup(

@@ -25,6 +25,7 @@ class MoERouter(nn.Module):
     def __init__(self, shape: LayerShape, hidden_size: int, *, std: float) -> None:
         super().__init__()
         experts = shape.n_routed_experts
+        self.weighting, self.routed_scaling = shape.weighting, shape.routed_scaling
         self.weight = _matrix(experts, hidden_size, std)
         self.scale = nn.Parameter(torch.zeros(experts))
         self.up_weight = _matrix(experts, hidden_size, std) if shape.router_kind == "glu" else None
@@ -40,6 +41,8 @@ class MoERouter(nn.Module):
             balance_bias_E=self.balance_bias,
             up_weight_ED=self.up_weight,
             bias_E=self.bias,
+            weighting=self.weighting,
+            routed_scaling=self.routed_scaling,
         )
 
     def forward(self) -> Router:
@@ -171,7 +174,7 @@ class MoEFeedForward(nn.Module):
         return (
             f"shared={s.num_shared_neurons}, experts={s.n_routed_experts} x "
             f"{s.moe_intermediate_size}, top_k={s.num_experts_per_tok}, router={s.router_kind}, "
-            f"selection={s.selection}"
+            f"selection={s.selection}, weighting={s.weighting}"
         )
 
 

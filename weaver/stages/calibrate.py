@@ -8,6 +8,7 @@ from typing import Any
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import read_record, values_digest, write_record
 from weaver.config.sections import CalibrateConfig, ModelConfig
+from weaver.data.grouping import GroupWindows, pack_groups
 from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
 from weaver.errors import WeaverError
@@ -17,6 +18,7 @@ from weaver.stages.profiling import Profiler, ResumableStream
 from weaver.stages.runner import StageContext, StageRun
 
 TOKENS_FILE = "tokens.safetensors"
+HELD_OUT_FILE = "held_out.safetensors"
 STAGE = "calibrate"
 
 
@@ -34,16 +36,16 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     checkpoint = Checkpoint(model)
     dtype = checkpoint.resolve_dtype(model.dtype)
     _check_markers(config, checkpoint)
-    packed = _pack(context, checkpoint, config)
+    packed, held_out = _pack(context, checkpoint, config)
     identity = checkpoint.identity()
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config={**config.model_dump(mode="json"), "dtype": str(dtype).removeprefix("torch.")},
+        config={**_recorded(config), "dtype": str(dtype).removeprefix("torch.")},
         inputs={
             "model": InputRef(path=identity.folder, digest=identity.digest),
             "tokenizer": InputRef(path=identity.folder, digest=identity.tokenizer_digest),
-            "data": InputRef(path=", ".join(config.data), digest=values_digest(packed.tensors())),
+            "data": InputRef(path=", ".join(config.data), digest=_digest(packed, held_out)),
         },
     )
     run = StageRun(context, request, identity, request.config["dtype"])
@@ -51,6 +53,8 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
         return run.skipped()
     run.begin()
     write_record(run.folder / TOKENS_FILE, packed)
+    if held_out is not None:
+        write_record(run.folder / HELD_OUT_FILE, held_out)
     stream = ResumableStream(
         DecoderStream(checkpoint, dtype, packed.input_ids_WT),
         run.folder,
@@ -83,15 +87,39 @@ def read_packed_tokens(folder: Path) -> PackedTokens:
     return read_record(folder / TOKENS_FILE, PackedTokens)
 
 
-def _pack(context: StageContext, checkpoint: Checkpoint, config: CalibrateConfig) -> PackedTokens:
-    return pack(
-        [parse_data_spec(text) for text in config.data],
-        checkpoint.tokenizer(),
-        sequence_length=config.sequence_length,
-        tokens=config.tokens,
-        seed=context.seed,
-        data_dir=context.data_dir,
-    )
+def read_held_out(folder: Path) -> GroupWindows:
+    """The held-out windows of a finished calibrate stage that keeps groups apart."""
+    return read_record(folder / HELD_OUT_FILE, GroupWindows)
+
+
+def _recorded(config: CalibrateConfig) -> dict[str, Any]:
+    """The configuration without what is off by default and was not there in earlier versions."""
+    values = config.model_dump(mode="json")
+    if not config.groups:
+        del values["groups"]
+    return values
+
+
+def _digest(packed: PackedTokens, held_out: GroupWindows | None) -> str:
+    tensors = packed.tensors()
+    if held_out is not None:
+        tensors |= {f"held_out/{name}": value for name, value in held_out.tensors().items()}
+    return values_digest(tensors)
+
+
+def _pack(
+    context: StageContext, checkpoint: Checkpoint, config: CalibrateConfig
+) -> tuple[PackedTokens, GroupWindows | None]:
+    specs = [parse_data_spec(text) for text in config.data]
+    sizes: dict[str, Any] = {
+        "sequence_length": config.sequence_length,
+        "tokens": config.tokens,
+        "seed": context.seed,
+        "data_dir": context.data_dir,
+    }
+    if config.groups:
+        return pack_groups(specs, checkpoint.tokenizer(), **sizes)
+    return pack(specs, checkpoint.tokenizer(), **sizes), None
 
 
 def _summary(checkpoint: Checkpoint, packed: PackedTokens) -> dict[str, Any]:

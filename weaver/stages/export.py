@@ -232,7 +232,10 @@ def _source(plan: ExportPlan, inputs: Callable[[int], Tensor]) -> Source:
     @lru_cache(maxsize=1)
     def layer(index: int) -> ConvertedLayer:
         converted = plan.checkpoint.layer(index)
-        return approximated(converted, inputs(index)) if plan.approximations else converted
+        if not plan.approximations:
+            return converted
+        softmax = stock_target(plan.target).softmax
+        return approximated(converted, inputs(index), softmax=softmax)
 
     return Source(plan.checkpoint, inputs, layer, plan.dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -104,6 +105,21 @@ def kept_positions(
     return sample_positions(tokens, rows, torch.Generator().manual_seed(seed))
 
 
+def group_arguments(
+    sample_groups_M: Tensor, packed: PackedTokens, config: CalibrateConfig
+) -> dict[str, Any]:
+    """What ``LayerStatistics`` is told of groups: nothing, if the calibration mixes them.
+
+    Args:
+        sample_groups_M: group of each sample that is profiled.
+        packed: the calibration tokens, for the number of groups.
+        config: of the calibration.
+    """
+    if not config.groups:
+        return {}
+    return {"sample_groups_M": sample_groups_M, "num_groups": len(packed.groups)}
+
+
 class Profiler:
     """Makes the ``LayerProfile`` of the layer a stream stands in front of.
 
@@ -137,6 +153,7 @@ class Profiler:
             self.packed.sample_groups_M.numel(),
             self.config.activation_top_k,
             kept_positions(ids_T.numel(), self.config, weights.hidden_size, self.dtype, self.seed),
+            **group_arguments(self.packed.sample_groups_M, self.packed, self.config),
         )
         seen = 0
 

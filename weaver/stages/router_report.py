@@ -27,7 +27,7 @@ from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.parents import Calibration, Partition, open_partition
-from weaver.stages.profiling import kept_positions
+from weaver.stages.profiling import group_arguments, kept_positions
 from weaver.stages.runner import StageContext
 from weaver.stages.splitter import LayerSplitter
 
@@ -184,14 +184,16 @@ def half_profiles(inputs: ReportInputs, layer: int) -> list[LayerProfile]:
     profiles = []
     for half_n in inputs.halves:
         samples_m, ids_n = inputs.sample_ids_N[half_n].unique(return_inverse=True)
+        groups_m = inputs.packed.sample_groups_M[samples_m]
         statistics = LayerStatistics(
             weights,
             samples_m.numel(),
             calibration.config.activation_top_k,
             torch.arange(half_n.numel()),
+            **group_arguments(groups_m, inputs.packed, calibration.config),
         )
         statistics.update(x_ND[half_n], ids_n)
-        profiles.append(statistics.finish(inputs.packed.sample_groups_M[samples_m]))
+        profiles.append(statistics.finish(groups_m))
     return profiles
 
 

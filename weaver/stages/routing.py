@@ -6,7 +6,7 @@ A sequential partition needs both to carry the hidden states past each layer and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,15 @@ def resolve_router(config: RouterConfig, spec: MethodSpec[Any]) -> RouterConfig:
     """The configuration with the method's defaults filled in; no router kind if it is static.
 
     Raises:
-        WeaverError: no such router.
+        WeaverError: no such router, or a refit of experts that overlap.
     """
+    if spec.prunes_groups and config.refit:
+        raise WeaverError(
+            f"a refit of {spec.name}",
+            why="its experts overlap: one down projection of the dense FFN cannot be re-solved for "
+            "all of them",
+            fix="leave --refit out; weaver finetune trains every expert's own rows",
+        )
     kind = None if spec.is_static else config.kind or spec.router
     if kind is not None:
         get_router(kind)
@@ -90,15 +97,23 @@ def solve_layer(
         WeaverError: the router cannot select experts the way the layout wants.
     """
     router: Router | None = None
+    if not config.constants:
+        layout = replace(layout, expert_bias_ED=None)
     if layout.num_routed_experts and config.kind is not None:
         require_selection(config.kind, layout.selection)
         router = get_router(config.kind).build(weights, profile, layout, generator)
-    if layout.active_neurons == layout.intermediate_size:
-        return RoutedLayer(router, None)  # nothing is skipped
+    if not _compensates(layout, config):
+        return RoutedLayer(router, None)
     plan = CompensationPlan(
         refit=bool(config.refit), constants=bool(config.constants), shrinkage=config.shrinkage
     )
     return RoutedLayer(router, solve_compensation(weights, profile, layout, router, plan))
+
+
+def _compensates(layout: ExpertLayout, config: RouterConfig) -> bool:
+    if layout.overlap:
+        return bool(config.constants) and layout.expert_bias_ED is not None
+    return layout.skips and bool(config.refit or config.constants)
 
 
 def write_routed(folder: Path, layer: int, routed: RoutedLayer) -> None:
@@ -119,8 +134,7 @@ def routed_paths(
 ) -> list[Path]:
     """The files that ``write_routed`` makes for a layer."""
     paths = []
-    skips = layout.active_neurons < layout.intermediate_size
-    if skips and (config.refit or config.constants):
+    if _compensates(layout, config):
         paths.append(layer_path(folder / COMPENSATION_FOLDER, layer))
     if layout.num_routed_experts:
         paths.append(layer_path(folder, layer))

@@ -150,14 +150,27 @@ def make_router(experts: int, hidden: int, dtype: torch.dtype, *, glu: bool, bia
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("glu", "bias", "selection"),
-    [(False, False, "top-k"), (False, True, "threshold"), (True, False, "top-k")],
+    ("glu", "bias", "selection", "weighting"),
+    [
+        (False, False, "top-k", "unit"),
+        (False, True, "threshold", "unit"),
+        (True, False, "top-k", "unit"),
+        (False, True, "top-k", "softmax"),
+    ],
 )
 @pytest.mark.parametrize(("tokens", "experts"), [(0, 5), (1, 5), (33, 7), (33, 40)])
 def test_the_same_routing(
-    tokens: int, experts: int, glu: bool, bias: bool, selection: Any, dtype: torch.dtype
+    tokens: int,
+    experts: int,
+    glu: bool,
+    bias: bool,
+    selection: Any,
+    weighting: Any,
+    dtype: torch.dtype,
 ) -> None:
     router = make_router(experts, 24, dtype, glu=glu, bias=bias)
+    if weighting == "softmax":
+        router = replace(router, weighting=weighting, routed_scaling=1.5)
     x_TD = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = op.route(x_TD, router, "silu", 3, selection)
     expected = reference.route(x_TD, router, "silu", 3, selection)
@@ -167,6 +180,20 @@ def test_the_same_routing(
     if selection == "top-k":
         assert torch.equal(found.experts_P, expected.experts_P)
     assert torch.equal(found.tokens_P, expected.tokens_P)
+
+
+def test_softmax_weights_in_the_kernel() -> None:
+    """One expert has exactly c, also where only its bias makes it the chosen one."""
+    router = make_router(5, 24, torch.float32, glu=False, bias=True)
+    router = replace(router, weighting="softmax", routed_scaling=0.7)
+    x_TD = 100 * torch.randn(33, 24, generator=torch.Generator().manual_seed(3))
+    forced = replace(router, balance_bias_E=torch.tensor([0.0, 0.0, 2.0, 0.0, 0.0]))
+    for each in (router, forced):
+        found = op.route(x_TD, each, "silu", 1)
+        assert torch.equal(found.experts_P, reference.route(x_TD, each, "silu", 1).experts_P)
+        assert bool((found.weights_P == 0.7).all())
+    with pytest.raises(ValueError, match="softmax weights need selection by top-k"):
+        op.route(x_TD, router, "silu", 1, "threshold")
 
 
 def test_a_router_of_another_dtype() -> None:

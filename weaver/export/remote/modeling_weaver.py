@@ -30,8 +30,9 @@ class Router(nn.Module):
     """Chooses experts: logits ``s = x weight^T + bias``, or ``|(x up^T) * act(x weight^T)|``.
 
     The K largest of ``softmax(s) + balance_bias`` are selected ("top-k"), or all with
-    ``s + balance_bias > 0`` ("threshold"). An expert's output has the factor
-    ``1 + softmax(s) * scale``. All of it is computed in float32.
+    ``s + balance_bias > 0`` ("threshold"). With ``p = softmax(s)`` the factor of an expert's output
+    is ``1 + p_e * scale_e`` ("unit") or ``c * p_e / sum_selected p`` ("softmax", the denominator
+    without a gradient). All of it is computed in float32.
     """
 
     def __init__(self, shape: dict[str, Any], hidden_size: int, act: nn.Module, std: float) -> None:
@@ -39,6 +40,8 @@ class Router(nn.Module):
         experts = shape["n_routed_experts"]
         self.top_k = shape["num_experts_per_tok"]
         self.selection = shape.get("selection", "top-k")
+        self.weighting = shape.get("weighting", "unit")
+        self.routed_scaling = shape.get("routed_scaling", 1.0)
         self.act = act
         self.weight = _matrix(experts, hidden_size, std)
         self.up_weight = _matrix(experts, hidden_size, std) if _is_glu(shape) else None
@@ -60,6 +63,10 @@ class Router(nn.Module):
         balance_bias_E = self.balance_bias.float()
         if self.selection == "top-k":
             ids_TK = (probabilities_TE + balance_bias_E).topk(self.top_k, dim=-1).indices
+            if self.weighting == "softmax":
+                chosen_TK = scores_TE.log_softmax(dim=-1).gather(1, ids_TK)
+                total_T1 = chosen_TK.detach().logsumexp(dim=-1, keepdim=True)
+                return ids_TK, self.routed_scaling * (chosen_TK - total_T1).exp()
             return ids_TK, factors_TE.gather(1, ids_TK)
         experts = scores_TE.shape[1]
         ids_E = torch.arange(experts, device=x_TD.device)

@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -444,12 +445,13 @@ Tensor scores(const Tensor& x, const Tensor& weight) {
 
 // The experts of every token and the factors of their outputs, as pairs of token and expert.
 //
-// up_weight makes it a glu router. top_k 0 selects by threshold. See weaver.kernels.reference.route.
+// up_weight makes it a glu router. top_k 0 selects by threshold. scaling is c of softmax weights, 0
+// stands for weights of 1 + p scale. See weaver.kernels.reference.route.
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
                                          const optional<Tensor>& up_weight,
                                          const optional<Tensor>& bias_, const Tensor& scale_,
                                          const Tensor& balance_, const std::string& activation,
-                                         int64_t top_k) {
+                                         int64_t top_k, double scaling) {
   const Tensor x = x_.contiguous();
   const int64_t tokens = x.size(0), experts = weight.size(0);
   Tensor s = scores(x, weight.contiguous());
@@ -494,10 +496,18 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
       chosen = std::remove_if(order.begin(), order.end(),
                               [&](int64_t e) { return !(row[e] + add[e] > 0.0f); }) -
                order.begin();
+    // Relative to the likeliest of the chosen: all of them may have probabilities of 0.
+    float best = -INFINITY, sum = 0.0f;
+    if (scaling > 0.0) {
+      for (int64_t k = 0; k < chosen; ++k) best = std::max(best, row[order[k]]);
+      for (int64_t k = 0; k < chosen; ++k) sum += std::exp(row[order[k]] - best);
+    }
     for (int64_t k = 0; k < chosen; ++k, ++pairs) {
+      const int64_t e = order[k];
       token_of[pairs] = t;
-      expert_of[pairs] = order[k];
-      factor_of[pairs] = 1.0f + p[order[k]] * scale[order[k]];
+      expert_of[pairs] = e;
+      factor_of[pairs] = scaling > 0.0 ? float(scaling) * (std::exp(row[e] - best) / sum)
+                                       : 1.0f + p[e] * scale[e];
     }
   }
   if (pairs == most) return {token, expert, factor};
@@ -510,9 +520,9 @@ Tensor decode(const Tensor& x, const Tensor& gate, const Tensor& up, const Tenso
               const optional<Tensor>& output_bias, const optional<Tensor>& expert_bias,
               const std::string& activation, int64_t shared, const Tensor& router,
               const optional<Tensor>& up_router, const optional<Tensor>& bias, const Tensor& scale,
-              const Tensor& balance, int64_t top_k) {
+              const Tensor& balance, int64_t top_k, double scaling) {
   const auto [tokens, experts, factors] =
-      route(x, router, up_router, bias, scale, balance, activation, top_k);
+      route(x, router, up_router, bias, scale, balance, activation, top_k, scaling);
   return moe(x, gate, up, down, gate_bias, up_bias, output_bias, expert_bias, activation, shared,
              router.size(0), tokens, experts, factors);
 }
@@ -531,10 +541,11 @@ TORCH_LIBRARY(weaver_cpu, m) {
   m.def(
       "decode(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
       "Tensor? output_bias, Tensor? expert_bias, str activation, int shared, Tensor router, "
-      "Tensor? up_router, Tensor? bias, Tensor scale, Tensor balance, int top_k) -> Tensor");
+      "Tensor? up_router, Tensor? bias, Tensor scale, Tensor balance, int top_k, float scaling) "
+      "-> Tensor");
   m.def(
       "route(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, Tensor scale, "
-      "Tensor balance, str activation, int top_k) -> (Tensor, Tensor, Tensor)");
+      "Tensor balance, str activation, int top_k, float scaling) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(weaver_cpu, CPU, m) {

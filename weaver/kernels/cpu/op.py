@@ -66,7 +66,7 @@ def route(
     k = top_k if selection == "top-k" else None
     weight_ED, *rest = _router(router)
     tokens_P, experts_P, factors_P = torch.ops.weaver_cpu.route(
-        x_TD, weight_ED, *rest, activation, k or 0
+        x_TD, weight_ED, *rest, activation, k or 0, _scaling(router, selection)
     )
     experts = router.weight_ED.shape[0]
     return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
@@ -84,9 +84,22 @@ def decode(
     """``route`` and ``moe`` in one call, for a few tokens."""
     k = top_k if selection == "top-k" else 0
     y_TD: Tensor = torch.ops.weaver_cpu.decode(
-        *_common(x_TD, weights, expert_bias_ED), num_shared, *_router(router), k
+        *_common(x_TD, weights, expert_bias_ED),
+        num_shared,
+        *_router(router),
+        k,
+        _scaling(router, selection),
     )
     return y_TD
+
+
+def _scaling(router: Router, selection: Selection) -> float:
+    """c of the weighting "softmax", which is positive; 0 stands for "unit"."""
+    if router.weighting == "unit":
+        return 0.0
+    if selection == "threshold":
+        raise ValueError("softmax weights need selection by top-k")
+    return router.routed_scaling
 
 
 def _router(router: Router) -> tuple[Tensor | None, ...]:
