@@ -24,6 +24,7 @@ class RouterDouble(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
         self.scale = nn.Parameter(torch.zeros(EXPERTS))
+        self.weighting = "unit"
         self.register_buffer("balance_bias", torch.zeros(EXPERTS))
 
 
@@ -31,6 +32,7 @@ class FeedForwardDouble(nn.Module):
     """Routed experts without a shared one, every expert computed and masked."""
 
     top_k = TOP_K
+    temperature: float | None = None
     gate_weight: nn.Parameter
     up_weight: nn.Parameter
     down_weight: nn.Parameter
@@ -46,10 +48,14 @@ class FeedForwardDouble(nn.Module):
 
     def routing(self, x_TD: Tensor) -> Routing:
         assert self.router is not None
-        score_TE = functional.linear(x_TD, self.router.weight).softmax(-1)
+        score_TE = self.probabilities(x_TD)
         ids_TK = (score_TE + self.router.balance_bias).topk(TOP_K).indices
         weights_TK = 1 + (score_TE * self.router.scale).gather(-1, ids_TK)
         return Routing.of_top_k(ids_TK, weights_TK, EXPERTS)
+
+    def probabilities(self, x_TD: Tensor) -> Tensor:
+        assert self.router is not None
+        return functional.linear(x_TD, self.router.weight).softmax(-1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, HIDDEN)

@@ -18,8 +18,10 @@ from weaver.algorithms.glu import GluWeights
 from weaver.kernels.reference import Routing
 from weaver.models.moe import MoEFeedForward
 from weaver.training.balance import (
+    Balance,
     ExpertLoad,
     ExpertLoadCounter,
+    balance_loss,
     balance_step,
     routed_layers,
 )
@@ -53,6 +55,70 @@ def test_balance_step_rejects_misuse() -> None:
         balance_step(torch.zeros(2), 1.0, torch.zeros(3), 0.1)
     with pytest.raises(ValueError, match=r"update=-0.1"):
         balance_step(torch.zeros(2), 1.0, torch.zeros(2), -0.1)
+
+
+def test_balance_loss_by_hand() -> None:
+    load = ExpertLoad(torch.tensor([6, 2, 0, 0]), 4)
+    # 4 * (3/4 * 0.5 + 1/4 * 0.2)
+    assert balance_loss(torch.tensor([0.5, 0.2, 0.2, 0.1]), load).item() == pytest.approx(1.7)
+    even = ExpertLoad(torch.tensor([2, 2, 2, 2]), 4)
+    assert balance_loss(torch.full((4,), 0.25), even).item() == 1
+    assert balance_loss(torch.full((4,), 0.25), ExpertLoad(torch.zeros(4), 4)).item() == 0
+
+
+def test_the_loss_over_all_layers_reaches_the_routers(
+    make_model: Callable[..., LlamaForCausalLM], windows_WT: Tensor
+) -> None:
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    with ExpertLoadCounter(model, probabilities=True) as counter:
+        model(input_ids=windows_WT[:4])
+        loads = counter.take()
+        loss = counter.loss(loads)
+    assert loss.item() >= 0.5
+    loss.backward()
+    for name, layer in routed_layers(model).items():
+        grad = layer.router.weight.grad
+        assert grad is not None, name
+        assert grad.abs().max() > 0, name
+
+
+def test_descending_the_loss_evens_the_loads_out(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    model = make_model()
+    layers = routed_layers(model)
+    routers = [layer.router.weight for layer in layers.values()]
+    with torch.no_grad():
+        for weight_ED in routers:
+            weight_ED[0] += 0.5 * weight_ED[1]
+    optimizer = torch.optim.Adam(routers, lr=1e-2)
+    ids_BT = torch.randint(0, 40, (8, 32), generator=torch.Generator().manual_seed(1))
+    peaks = []
+    for _ in range(60):
+        with ExpertLoadCounter(model, probabilities=True) as counter:
+            model(input_ids=ids_BT)
+            loads = counter.take()
+            loss = counter.loss(loads)
+        balance = Balance.of(loads)
+        assert balance is not None
+        peaks.append(balance.max_over_mean)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(peaks[-10:]) < 0.95 * sum(peaks[:10])
+
+
+def test_balance_by_hand() -> None:
+    loads = {
+        "0": ExpertLoad(torch.tensor([6, 2, 0, 0]), 4),
+        "1": ExpertLoad(torch.tensor([2, 2, 2, 2]), 4),
+    }
+    balance = Balance.of(loads)
+    assert balance == Balance(max_over_mean=(3 + 1) / 2, idle=2 / 8)
+    assert Balance.of({}) is None
+    assert Balance.of({"0": ExpertLoad(torch.zeros(4, dtype=torch.int64), 4)}) is None
 
 
 def test_counter_counts_what_routing_selects(

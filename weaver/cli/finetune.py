@@ -17,7 +17,9 @@ def finetune(
     data: Data = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="cmoe-2k or distill-2k; other flags replace the preset's values."),
+        typer.Option(
+            help="cmoe-2k, distill-2k, dive or downcycle; other flags replace the preset's values."
+        ),
     ] = None,
     trainable: Annotated[
         str | None,

@@ -28,7 +28,9 @@ class PhaseConfig(Section):
     """One phase of a fine-tuning: what is trained, toward what, how fast and for how long.
 
     ``distill_weight`` is w in ``w * KL + (1 - w) * next-token``, 1 if left out. ``tokens`` in the
-    place of ``steps``: as many steps as read that many tokens.
+    place of ``steps``: as many steps as read that many tokens. ``temperature``: every token uses
+    all experts, weighted by a softmax of that temperature, for which the layout needs softmax
+    weights. ``balance_loss`` is the factor of the loss that evens the experts' loads out.
     """
 
     trainable: Literal["all", "router", "lora"] = "all"
@@ -45,6 +47,8 @@ class PhaseConfig(Section):
     warmup_steps: int = Field(5, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     balance_update: float = Field(1e-3, ge=0)
+    balance_loss: float = Field(0.0, ge=0)
+    temperature: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> Self:
@@ -88,7 +92,7 @@ class FinetuneConfig(PhaseConfig):
     """
 
     data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
-    preset: Literal["cmoe-2k", "distill-2k"] | None = None
+    preset: Literal["cmoe-2k", "distill-2k", "dive", "downcycle"] | None = None
     phases: tuple[PhaseConfig, ...] | None = Field(None, min_length=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)

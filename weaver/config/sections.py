@@ -56,7 +56,9 @@ class PartitionConfig(Section):
     """How every FFN is split. ``None`` means the method's own default.
 
     ``propagate`` is the router of the layers in front, when layers are split sequentially; it is
-    set to the ``router`` section, so that they route as the converted model will.
+    set to the ``router`` section, so that they route as the converted model will. ``weighting``
+    "softmax": the factors of a token's K experts are K times their shares of the softmax, as
+    continued pretraining wants them.
     """
 
     method: str = "weave"
@@ -65,6 +67,7 @@ class PartitionConfig(Section):
     expert_width_multiple: int = Field(1, gt=0)
     allocation: Literal["uniform", "adaptive", "fisher"] | None = None
     sequential: bool | None = None
+    weighting: Literal["unit", "softmax"] | None = None
     propagate: RouterConfig | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 

@@ -138,6 +138,27 @@ def route(
     return Routing(*pairs, x_TD.shape[0], experts)
 
 
+def route_to_all(x_TD: Tensor, router: Router, activation: str, temperature: float) -> Routing:
+    """Every expert for every token: ``w_te = c * softmax(s_t / temperature)_e``.
+
+    For training a router, whose gradient then comes from all experts. The balance bias, which acts
+    on selection alone, plays no part.
+
+    Args:
+        x_TD: FFN inputs, (T, D).
+        router: the layer's router, with softmax weights.
+        activation: activation of the GLU, for the glu router.
+        temperature: above 1 evens the weights out, below 1 sharpens them.
+
+    Source: DIVE, arXiv:2506.09351, retraining of the router.
+    """
+    scores_TE = router_logits(x_TD, router, activation)
+    weights_TE = router.routed_scaling * (scores_TE / temperature).softmax(dim=-1)
+    tokens, experts = weights_TE.shape
+    ids_TE = torch.arange(experts, device=x_TD.device).expand(tokens, experts)
+    return Routing.of_top_k(ids_TE, weights_TE, experts)
+
+
 def route_slots(
     x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.kernels.backends import backend_for
 from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.ops import choose_path, layer_forward, moe_forward, route_tokens
-from weaver.kernels.reference import Routing
+from weaver.kernels.reference import Routing, route_to_all, router_logits
 from weaver.models.accounting import LayerShape
 
 
@@ -76,6 +76,8 @@ class MoEFeedForward(nn.Module):
         self.output_bias = _bias(hidden_size if shape.output_bias else 0)
         self.expert_bias = _bias(shape.n_routed_experts if shape.expert_bias else 0, hidden_size)
         self.router = MoERouter(shape, hidden_size, std=std) if shape.router_kind else None
+        # Set while a router is trained on all experts; see ``weaver.training.dense``.
+        self.temperature: float | None = None
 
     @classmethod
     def convert(
@@ -127,7 +129,16 @@ class MoEFeedForward(nn.Module):
         """The experts of every token; None for a static layer."""
         if self.router is None:
             return None
-        return route_tokens(x_TD, self.weights(), self.router(), self.top_k, self.shape.selection)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return route_tokens(
+                x_TD, self.weights(), self.router(), self.top_k, self.shape.selection
+            )
+
+    def probabilities(self, x_TD: Tensor) -> Tensor:
+        """``p = softmax(s)`` of the router, in float32, (T, E)."""
+        assert self.router is not None, "a static layer routes nothing"
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return router_logits(x_TD, self.router(), self.activation).softmax(dim=-1)
 
     def path(self, x_TD: Tensor, routing: Routing) -> str:
         """Who computes the FFN of these tokens, and how: "native grouped", "torch masked", ..."""
@@ -159,6 +170,9 @@ class MoEFeedForward(nn.Module):
         shared = self.shape.num_shared_neurons
         if self.router is None:
             return moe_forward(x_TD, weights, None, shared)
+        if self.temperature is not None:
+            routing = route_to_all(x_TD, self.router(), self.activation, self.temperature)
+            return moe_forward(x_TD, weights, routing, shared, expert_bias_ED)
         return layer_forward(
             x_TD,
             weights,

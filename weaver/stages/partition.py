@@ -11,6 +11,7 @@ from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import ExpertLayout
 from weaver.config.sections import PartitionConfig, RouterConfig
+from weaver.errors import WeaverError
 from weaver.methods.base import MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.accounting import LayerShape
@@ -90,6 +91,7 @@ def resolve(
     propagate = resolve_router(config.propagate or RouterConfig(), spec)
     if propagate.kind is not None:
         require_selection(propagate.kind, options.selects)
+    _check_weighting(config, propagate, spec, options)
     return config.model_copy(
         update={
             "num_experts": None if spec.is_static else config.num_experts or spec.num_experts,
@@ -99,6 +101,31 @@ def resolve(
             "options": options.model_dump(mode="json"),
         }
     )
+
+
+def _check_weighting(
+    config: PartitionConfig, router: RouterConfig, spec: MethodSpec[Any], options: MethodOptions
+) -> None:
+    if config.weighting is None:
+        return
+    if spec.is_static or spec.prunes_groups:
+        raise WeaverError(
+            f"partition.weighting={config.weighting} of {spec.name}",
+            why="its experts are weighted in one way only" if spec.prunes_groups else "it has none",
+            fix="leave partition.weighting out",
+        )
+    if config.weighting == "softmax" and options.selects != "top-k":
+        raise WeaverError(
+            "softmax weights of experts that are selected by a threshold",
+            why="a threshold may select nothing, and the weights of nothing have no sum",
+            fix="--set partition.options.selection=top-k",
+        )
+    if config.weighting == "softmax" and (router.refit or router.constants):
+        raise WeaverError(
+            "softmax weights with a refit or constants",
+            why="both are solved for experts of weight 1",
+            fix="--no-refit --set router.constants=false",
+        )
 
 
 def _split_one_shot(

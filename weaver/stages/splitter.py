@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ class LayerSplitter:
             expert_width=self.width,
         )
         layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(layer))
+        if self.config.weighting == "softmax" and layout.num_routed_experts:
+            # K shares of a sum of 1: with equal scores every factor is 1, as without a softmax.
+            layout = replace(layout, weighting="softmax", routed_scaling=float(layout.top_k))
         return layout
 
     def route(self, layer: int, layout: ExpertLayout, profile: LayerProfile) -> RoutedLayer:

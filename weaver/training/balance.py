@@ -30,8 +30,14 @@ class RoutedFeedForward(Protocol):
     @property
     def router(self) -> Any: ...
 
+    temperature: float | None
+
     def routing(self, x_TD: Tensor) -> Routing | None:
         """The experts of every token; None for a static layer."""
+        ...
+
+    def probabilities(self, x_TD: Tensor) -> Tensor:
+        """Softmax of the router's scores, (T, E)."""
         ...
 
 
@@ -91,6 +97,24 @@ class ExpertLoad:
         return ExpertLoad(self.counts_E + other.counts_E, self.tokens + other.tokens)
 
 
+def balance_loss(probabilities_E: Tensor, load: ExpertLoad) -> Tensor:
+    """The auxiliary loss of one layer; 1 if all experts are used and likely alike, at most E.
+
+    E * sum_e f_e P_e,    f_e = share of the selections that chose e,    P_e = mean_t p_te
+
+    Gradients flow through P alone.
+
+    Args:
+        probabilities_E: P, (E,).
+        load: counts of the selections, for f; without any the loss is 0.
+
+    Source: ExpertWeaver, arXiv:2602.15521, continued pretraining; arXiv:2101.03961, equation 4.
+    """
+    experts = probabilities_E.shape[0]
+    shares_E = load.counts_E / load.counts_E.sum().clamp(min=1)
+    return experts * (shares_E.to(probabilities_E) * probabilities_E).sum()
+
+
 @dataclass(frozen=True)
 class Balance:
     """How evenly one step used the routed experts of a model.
@@ -124,11 +148,14 @@ class ExpertLoadCounter:
 
     Args:
         model: the model; layers without routed experts are not counted.
+        probabilities: keep the mean probabilities of the experts too, with their graph.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, probabilities: bool = False) -> None:
         self._layers = routed_layers(model)
+        self._keeps_probabilities = probabilities
         self._loads: dict[str, ExpertLoad] = {}
+        self._probabilities: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -152,6 +179,16 @@ class ExpertLoadCounter:
         loads, self._loads = self._loads, {}
         return loads
 
+    def loss(self, loads: Mapping[str, ExpertLoad]) -> Tensor:
+        """Mean of ``balance_loss`` over the layers, with the probabilities of the last forward.
+
+        Args:
+            loads: of every layer, over all tokens of the batch.
+        """
+        layers = self._probabilities.items()
+        losses = [balance_loss(p_E, loads[name]) for name, p_E in layers]
+        return torch.stack(losses).mean()
+
     def apply(self, loads: Mapping[str, ExpertLoad], update: float) -> None:
         """One ``balance_step`` on the router of every layer that has a load."""
         for name, load in loads.items():
@@ -162,8 +199,11 @@ class ExpertLoadCounter:
 
     def _hook(self, name: str, layer: RoutedFeedForward) -> Callable[..., None]:
         def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
+            if self._keeps_probabilities:
+                self._probabilities[name] = layer.probabilities(x_TD).mean(0)
             with torch.no_grad():
-                routing = layer.routing(inputs[0].reshape(-1, inputs[0].shape[-1]))
+                routing = layer.routing(x_TD)
             assert routing is not None
             load = ExpertLoad(routing.counts_E(), routing.num_tokens)
             self._loads[name] = self._loads[name] + load if name in self._loads else load

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.errors import WeaverError
 from weaver.training.checkpoint import Progress, read_checkpoint, windows_digest
+from weaver.training.dense import require_softmax_weights
 from weaver.training.guard import Evaluation, Guard
 from weaver.training.phase import changed_names, enter_phase
 from weaver.training.presets import resolve_phases
@@ -126,6 +127,8 @@ def finetune(
     workers = workers or Workers.join()
     phases = resolve_phases(config)
     _check_inputs(phases, windows, teacher)
+    if any(phase.temperature is not None for phase in phases):
+        require_softmax_weights(model)
     settings = _settings(config, phases, windows, seed)
     settings["precision"] = workers.precision_name
     found = read_checkpoint(checkpoint_dir, settings)

@@ -32,7 +32,9 @@ class Preset:
 
 # Deviations of cmoe-2k from the paper: the dropout of the FFN's adapters is one mask a step (see
 # ``weaver.training.adapters``); batch size and schedule, which the paper leaves open, are 8 windows
-# and constant. Text with fewer windows than an epoch needs is read again.
+# and constant. Of dive: the temperature, which the paper leaves open, is 1; the phases keep the
+# ratio of 1 to 10 of its 0.5 and 5 billion tokens. Of downcycle: batches of 8 windows of 2,048
+# tokens, not 1,024 of 4,096. Text with fewer windows than an epoch needs is read again.
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -71,6 +73,52 @@ PRESETS: dict[str, Preset] = {
                 ),
             ),
             source="weaver",
+        ),
+        Preset(
+            name="dive",
+            summary="routers on all experts, then adapters of experts, norms and routers",
+            phases=(
+                PhaseConfig(
+                    trainable="router",
+                    temperature=1.0,
+                    tokens=TOKENS_2K // 10,
+                    batch_size=8,
+                    sequence_length=2048,
+                    learning_rate=1e-4,
+                    schedule="constant",
+                    warmup_steps=0,
+                    balance_update=0.0,
+                ),
+                PhaseConfig(
+                    trainable="lora",
+                    lora=AdapterConfig(
+                        rank=8, alpha=16.0, targets=("ffn",), also=("router", "norms")
+                    ),
+                    tokens=TOKENS_2K,
+                    batch_size=8,
+                    sequence_length=2048,
+                    learning_rate=1e-4,
+                    warmup_steps=0,
+                    balance_update=0.0,
+                ),
+            ),
+            source="DIVE, arXiv:2506.09351",
+        ),
+        Preset(
+            name="downcycle",
+            summary="continued pretraining of all weights with a load-balancing loss",
+            phases=(
+                PhaseConfig(
+                    tokens=16 * TOKENS_2K,
+                    batch_size=8,
+                    sequence_length=2048,
+                    learning_rate=4e-4,
+                    warmup_steps=100,
+                    balance_loss=0.01,
+                    balance_update=0.0,
+                ),
+            ),
+            source="ExpertWeaver, arXiv:2602.15521",
         ),
     )
 }

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from weaver.config.finetuning import PhaseConfig
 from weaver.errors import WeaverError
-from weaver.training.balance import Balance, ExpertLoadCounter
+from weaver.training.balance import Balance, ExpertLoad, ExpertLoadCounter
 from weaver.training.batches import batch_indices, step_seed
 from weaver.training.checkpoint import Progress, save_checkpoint
+from weaver.training.dense import routed_to_all
 from weaver.training.guard import Evaluation, Guard, HeldOut, load_best, prune_best, save_best
 from weaver.training.loss import training_loss
 from weaver.training.optimizer import learning_rate_factor
@@ -141,11 +142,10 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, self.progress.step, rank))
         self.model.train()
         ids_BT = windows_WT[self.workers.share(ids_B)].to(self.workers.device, torch.int64)
-        with ExpertLoadCounter(self.model) as counter:
-            loss, rate = self._update(at_work, phase, ids_BT)
-            loads = self.workers.add_loads(counter.take())
-            if phase.balance_update:
-                counter.apply(loads, phase.balance_update)
+        with ExpertLoadCounter(self.model, probabilities=phase.balance_loss > 0) as counter:
+            loss, rate, loads = self._update(at_work, phase, ids_BT, counter)
+        if phase.balance_update:
+            counter.apply(loads, phase.balance_update)
         seconds = time.perf_counter() - began
         self.progress = replace(
             self.progress,
@@ -156,17 +156,21 @@ class Trainer:
         return StepReport(self.progress.step, loss, rate, Balance.of(loads), tokens / seconds)
 
     def _update(
-        self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor
-    ) -> tuple[float, float]:
-        """One step of the optimizer: the loss over all processes, and the learning rate."""
+        self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor, counter: ExpertLoadCounter
+    ) -> tuple[float, float, dict[str, ExpertLoad]]:
+        """One step of the optimizer: loss over all processes, learning rate, loads."""
         optimizer, step = at_work.state.optimizer, self.progress.phase_step
         factor = learning_rate_factor(step, phase.steps, phase.warmup_steps, phase.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
-        with self.workers.autocast():
-            # The sum over the processes is the mean over the batch.
-            loss = self._loss(phase, ids_BT) * (len(ids_BT) / phase.batch_size)
+        with self.workers.autocast(), routed_to_all(self.model, phase.temperature):
+            loss = self._loss(phase, ids_BT)
+        loads = self.workers.add_loads(counter.take())
+        if phase.balance_loss:
+            loss = loss + phase.balance_loss * counter.loss(loads)
+        # The sum over the processes is the mean over the batch.
+        loss = loss * (len(ids_BT) / phase.batch_size)
         value = float(self.workers.sum(loss.detach()))
         if not math.isfinite(value):
             raise NotFiniteError(f"loss is {value} at step {step + 1}")
@@ -177,7 +181,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise NotFiniteError(f"norm of the gradients is {norm} at step {step + 1}")
         optimizer.step()
-        return value, phase.learning_rate * factor
+        return value, phase.learning_rate * factor, loads
 
     def _loss(self, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
         if phase.objective == "next-token":
