@@ -17,13 +17,15 @@ from weaver.artifacts.manifest import MANIFEST, read_manifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout
 from weaver.config.loading import RunConfig
-from weaver.config.sections import RouterConfig
+from weaver.config.sections import ModelConfig, RouterConfig
 from weaver.data import grouping
 from weaver.errors import WeaverError
 from weaver.evaluation.perplexity import perplexity
 from weaver.methods.registry import get_method
+from weaver.models.checkpoint import Checkpoint
 from weaver.stages import affinity
 from weaver.stages.calibrate import read_held_out, read_packed_tokens
+from weaver.stages.estimate import estimate
 from weaver.stages.finished import layer_path
 from weaver.stages.parents import affinity_path, open_partition
 from weaver.stages.pareto import forecast_layouts
@@ -136,6 +138,15 @@ def test_every_stage_knows_that_more_is_stored_than_the_dense_model_has(finished
     for row in read_manifest(finished / "router", rebuild="").summary["layers"]:
         # On the calibration text the router is better than a draw.
         assert row["captured_contribution"] > 0.5
+
+
+def test_a_dry_run_counts_what_is_stored(finished: Path, tiny_llama: Path) -> None:
+    checkpoint = Checkpoint(ModelConfig(path=str(tiny_llama)))
+    needs = estimate(config(tiny_llama), checkpoint)
+    written = (finished / "model" / "model.safetensors").stat().st_size
+    # Without routers, constants and the header of the file.
+    assert 0.9 * written < needs.model_disk < written
+    assert needs.eval_memory > 2 * checkpoint.total_parameters() * 4
 
 
 def test_rows_that_were_measured_are_not_measured_again(
