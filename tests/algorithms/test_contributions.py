@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weaver.algorithms.contributions import expert_contributions
+from weaver.algorithms.contributions import expert_contributions, expert_errors
 
 
 def test_by_hand() -> None:
@@ -65,3 +65,17 @@ def test_sixteen_bit_inputs_are_summed_in_float32() -> None:
     found_TE = expert_contributions(hidden_TF, down_FD, torch.arange(1024).view(1, 1024))
     assert found_TE.dtype == torch.float32
     assert found_TE.tolist() == [[1024.0**2]]
+
+
+def test_errors_by_hand() -> None:
+    hidden_TF = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]])
+    down_FD = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 1.0]])
+    experts_EN = torch.tensor([[0, 1], [1, 2]])
+    # Outputs (1, 4), (0, 2) of the first, (15, 7), (-5, 1) of the second expert.
+    target_TD = torch.tensor([[2.0, 4.0], [0.0, 1.0]])
+    found_TE = expert_errors(target_TD, hidden_TF, down_FD, experts_EN)
+    assert found_TE.tolist() == [[1.0, 178.0], [1.0, 25.0]]
+    # With (1, 0) and (-13, -3) on top: (2, 4), (1, 2), (2, 4) and (-18, -2).
+    bias_ED = torch.tensor([[1.0, 0.0], [-13.0, -3.0]])
+    found_TE = expert_errors(target_TD, hidden_TF, down_FD, experts_EN, bias_ED)
+    assert found_TE.tolist() == [[0.0, 0.0], [2.0, 333.0]]

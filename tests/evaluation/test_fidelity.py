@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_conversions import random_layout, random_router
+from tiny_conversions import overlapping_layout, random_layout, random_router
 from torch import Tensor, nn
 
-from weaver.algorithms.contributions import expert_contributions
-from weaver.algorithms.glu import GluWeights, glu_hidden
+from weaver.algorithms.contributions import expert_contributions, expert_errors
+from weaver.algorithms.glu import GluWeights, glu_forward, glu_hidden
 from weaver.artifacts.types import (
     SELECTIONS,
     Compensation,
@@ -64,6 +64,43 @@ def test_fidelity_by_hand() -> None:
     assert fidelity.captured_contribution == pytest.approx((1 + 0.25) / (1 + 4))
     # Token shares 1/2, 0, 1/2: mean 1/3, variance 1/18.
     assert fidelity.load_cv == pytest.approx(3 * math.sqrt(1 / 18))
+
+
+def test_experts_that_stand_for_the_whole_ffn_by_hand() -> None:
+    """Outputs (1, 0), (0, 0), (0, 0.5) for (1, 0.5), and 0, (0, 2), (0, 0.5) for (0, 2.5)."""
+    dense_TD = torch.tensor([[1.0, 0.5], [0.0, 2.5]])
+    fidelity = router_fidelity(X_TD, WEIGHTS, LAYOUT, ROUTER, dense_TD=dense_TD)
+    # Squared errors 0.25, 1.25, 1 and 6.25, 0.25, 4, worth 1, 0, 0.25 and 0, 6, 2.25. The oracle
+    # takes 0 and 1, the router 0 and 2.
+    assert fidelity.oracle_agreement == 0.5
+    assert fidelity.captured_contribution == pytest.approx((1 + 2.25) / (1 + 6))
+    # A bias of the output is no expert's doing.
+    biased = replace(WEIGHTS, output_bias_D=torch.tensor([7.0, 8.0]))
+    moved_TD = dense_TD + torch.tensor([7.0, 8.0])
+    again = router_fidelity(X_TD, biased, LAYOUT, ROUTER, dense_TD=moved_TD)
+    assert asdict(again) == pytest.approx(asdict(fidelity))
+
+
+def test_a_module_that_averages_its_experts_is_compared_with_the_dense_ffn() -> None:
+    weights = _random_weights(22, 1)
+    layout = overlapping_layout(22, experts=4, width=9, top_k=1, shared=3)
+    router = random_router("linear", 4, 6, weighting="softmax")
+    bias_ED = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    ffn = MoEFeedForward.convert(weights, layout, router, Compensation(expert_bias_ED=bias_ED))
+    x_TD = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    measured = module_fidelity(x_TD, ffn, weights)
+    expected = router_fidelity(
+        x_TD, weights, layout, router, bias_ED, dense_TD=glu_forward(x_TD, weights)
+    )
+    assert asdict(measured) == pytest.approx(asdict(expected))
+    # With one expert per token the chosen output is the module's.
+    error_T = (ffn(x_TD) - glu_forward(x_TD, weights)).square().sum(1)
+    routing = ffn.routing(x_TD)
+    assert routing is not None
+    hidden_TF = glu_hidden(x_TD, weights)
+    rest_TD = glu_forward(x_TD, weights) - hidden_TF[:, :3] @ weights.down_FD[:3]
+    error_TE = expert_errors(rest_TD, hidden_TF, weights.down_FD, layout.experts_EN, bias_ED)
+    torch.testing.assert_close(error_TE[routing.selected_TE()], error_T, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expert_bias_changes_the_oracle() -> None:
@@ -149,7 +186,7 @@ def test_a_module_is_measured_as_the_layer_it_was_made_from(
     compensation = Compensation(expert_bias_ED=bias_ED) if with_bias else None
     ffn = MoEFeedForward.convert(weights, layout, router, compensation)
 
-    measured = module_fidelity(x_TD, ffn)
+    measured = module_fidelity(x_TD, ffn, weights)
 
     expected = router_fidelity(x_TD, weights, layout, router, bias_ED if with_bias else None)
     assert asdict(measured) == pytest.approx(asdict(expected))
@@ -163,7 +200,7 @@ def test_a_static_module_has_no_fidelity() -> None:
     layout = random_layout(22, shared=8, experts=0, top_k=0)
     ffn = MoEFeedForward.convert(_random_weights(22, 0), layout, None)
     with pytest.raises(ValueError, match="routes nothing"):
-        module_fidelity(torch.zeros(1, 6), ffn)
+        module_fidelity(torch.zeros(1, 6), ffn, _random_weights(22, 0))
 
 
 def test_inputs_are_kept_at_their_positions_in_the_stream() -> None:

@@ -23,7 +23,8 @@ SLICES = st.integers(2, 6).flatmap(
         st.just(experts), st.integers(1, experts - 1), st.integers(2, 5), st.integers(0, 3)
     )
 )
-ROUTED = [name for name, spec in METHODS.items() if not spec.is_static]
+# Of methods that divide the neurons; experts that are prunings of the whole FFN overlap.
+ROUTED = [name for name, spec in METHODS.items() if not spec.is_static and not spec.prunes_groups]
 
 
 def split(problem: Any, name: str, seed: int) -> ExpertLayout:
@@ -94,6 +95,7 @@ def test_rows_agree_with_their_keys_and_the_papers() -> None:
         "weave": 16,
         "expertweaver": 64,
         "cmoe": 8,
+        "dive": 4,
         "flap": None,
         "wanda-sp": None,
         "random": 8,
@@ -104,7 +106,9 @@ def test_rows_agree_with_their_keys_and_the_papers() -> None:
         "cmoe",
         "wanda-sp",
     ]
-    assert [name for name, spec in METHODS.items() if spec.refit or spec.constants] == ["weave"]
+    assert [name for name, spec in METHODS.items() if spec.refit] == ["weave"]
+    assert [name for name, spec in METHODS.items() if spec.constants] == ["weave", "dive"]
+    assert [name for name, spec in METHODS.items() if spec.prunes_groups] == ["dive"]
     for spec in METHODS.values():
         assert (spec.router is None) == spec.is_static
         assert spec.router is None or spec.router in ROUTERS
@@ -115,10 +119,12 @@ def test_lookup() -> None:
     assert get_router("mean-gate") is ROUTERS["mean-gate"]
     with pytest.raises(WeaverError, match="unknown method 'moe'") as caught:
         get_method("moe")
-    assert "weave, expertweaver, cmoe, flap, wanda-sp, random, weight-kmeans" in caught.value.why
+    assert (
+        "weave, expertweaver, cmoe, dive, flap, wanda-sp, random, weight-kmeans" in caught.value.why
+    )
     with pytest.raises(WeaverError, match="unknown router 'mean'") as caught:
         get_router("mean")
-    assert "mean-gate, representative, ridge, random" in caught.value.why
+    assert "mean-gate, representative, ridge, error-ridge, random" in caught.value.why
 
 
 def test_options_are_resolved_or_named() -> None:

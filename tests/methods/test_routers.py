@@ -12,7 +12,7 @@ import torch
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ridge_fit
 from weaver.artifacts.types import SELECTIONS, ExpertLayout, Selection
-from weaver.kernels.reference import route
+from weaver.kernels.reference import route, router_logits
 from weaver.methods.routers import ROUTERS, representative_neurons
 
 Maker = Callable[..., Any]
@@ -134,6 +134,53 @@ def test_the_ridge_router_predicts_centred_contributions(random_problem: Maker) 
         "ten,end->ted", hidden_TF[:, layout.experts_EN], weights.down_FD[layout.experts_EN]
     )
     weight_ED, bias_E = ridge_fit(x_TD, output_TED.norm(dim=-1).sqrt(), 0.1)
+    torch.testing.assert_close(router.weight_ED, weight_ED, atol=1e-4, rtol=1e-4)
+    assert router.bias_E is not None
+    torch.testing.assert_close(router.bias_E, bias_E, atol=1e-4, rtol=1e-4)
+
+
+def test_the_error_router_by_hand(make_profile: Maker) -> None:
+    """Two experts of one neuron each, h = x_0^2 and x_1^2, inputs on the axes."""
+    weights = GluWeights(torch.eye(2), torch.eye(2), torch.tensor([[1.0], [2.0]]), "relu")
+    x_TD = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(32, 1)
+    layout = ExpertLayout(2, 1, torch.empty(0, dtype=torch.int64), torch.tensor([[0], [1]]))
+    build = ROUTERS["error-ridge"].build
+    router = build(weights, make_profile(2, ffn_inputs_ND=x_TD), layout, seeded())
+    # Outputs 1 and 2, of which expert 1 misses 1 where x_0, expert 0 misses 2 where x_1: squared
+    # errors 0, 1 and 4, 0 of mean 5 / 4. The ridge penalty keeps 1 / 1.1 of a slope.
+    score_TE = router_logits(x_TD[:2], router, "relu")
+    assert bool((score_TE[0] > score_TE[0, 1]).tolist() == [True, False])
+    assert bool((score_TE[1] > score_TE[1, 0]).tolist() == [False, True])
+    torch.testing.assert_close(
+        score_TE.mean(0), torch.tensor([-2.0, -0.5]) / 1.25, atol=1e-3, rtol=1e-3
+    )
+    # A constant of 2 on the first expert makes up for what it misses, and is wrong elsewhere:
+    # errors 4, 1 and 0, 0.
+    biased = replace(layout, overlap=True, expert_bias_ED=torch.tensor([[2.0], [0.0]]))
+    router = build(weights, make_profile(2, ffn_inputs_ND=x_TD), biased, seeded())
+    score_TE = router_logits(x_TD[:2], router, "relu")
+    torch.testing.assert_close(
+        score_TE.mean(0), torch.tensor([-2.0, -0.5]) / 1.25, atol=1e-3, rtol=1e-3
+    )
+    assert score_TE[0].argmax() == 1
+
+
+def test_the_error_router_counts_the_shared_neurons_in(random_problem: Maker) -> None:
+    problem, _ = random_problem(3, neurons=12, active_neurons=6)
+    weights, profile = problem.weights, problem.profile
+    experts_EN = torch.tensor([[2, 3, 4], [4, 5, 6], [6, 7, 8]])
+    layout = ExpertLayout(12, 1, torch.tensor([0, 1]), experts_EN, overlap=True)
+    router = ROUTERS["error-ridge"].build(weights, profile, layout, seeded())
+    x_TD = profile.ffn_inputs_ND
+    hidden_TF = glu_hidden(x_TD, weights)
+    error_TE = torch.stack(
+        [
+            (hidden_TF @ weights.down_FD - hidden_TF[:, ids] @ weights.down_FD[ids]).norm(dim=1)
+            for ids in (torch.cat([layout.shared_S, expert_N]) for expert_N in experts_EN)
+        ],
+        dim=1,
+    ).square()
+    weight_ED, bias_E = ridge_fit(x_TD, -error_TE / error_TE.mean(), 0.1)
     torch.testing.assert_close(router.weight_ED, weight_ED, atol=1e-4, rtol=1e-4)
     assert router.bias_E is not None
     torch.testing.assert_close(router.bias_E, bias_E, atol=1e-4, rtol=1e-4)

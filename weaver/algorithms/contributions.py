@@ -1,4 +1,4 @@
-"""What an expert adds to the output of its layer."""
+"""What an expert adds to the output of its layer, and how near it alone comes to that output."""
 
 from __future__ import annotations
 
@@ -37,3 +37,30 @@ def expert_contributions(
     if bias_ED is not None:
         contribution_TE = contribution_TE + bias_ED.float().square().sum(1)
     return contribution_TE.clamp_min_(0.0)
+
+
+def expert_errors(
+    target_TD: Tensor,
+    hidden_TF: Tensor,
+    down_FD: Tensor,
+    experts_EN: Tensor,
+    bias_ED: Tensor | None = None,
+) -> Tensor:
+    """Squared distance of each expert's output to the one that is wanted, (T, E).
+
+    ``||y - (h_e Wd_e + b_e)||^2``: for experts each of which stands for the whole FFN.
+
+    Args:
+        target_TD: the wanted output y, (T, D).
+        hidden_TF: neuron activations h, (T, F).
+        down_FD: down projection, (F, D).
+        experts_EN: neuron ids of each expert, (E, N).
+        bias_ED: constants that come with an expert's output, (E, D).
+    """
+    columns = []
+    for expert, ids_N in enumerate(experts_EN):
+        error_TD = target_TD.float() - hidden_TF[:, ids_N].float() @ down_FD[ids_N].float()
+        if bias_ED is not None:
+            error_TD -= bias_ED[expert].float()
+        columns.append(error_TD.square().sum(1))
+    return torch.stack(columns, dim=1)

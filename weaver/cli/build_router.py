@@ -16,7 +16,9 @@ def build_router(
     run_dir: RunDir,
     router: Annotated[
         str | None,
-        typer.Option(help="mean-gate, representative, ridge or random; default: as the method."),
+        typer.Option(
+            help="mean-gate, representative, ridge, error-ridge or random; default: as the method."
+        ),
     ] = None,
     refit: Annotated[
         bool | None,

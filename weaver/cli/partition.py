@@ -23,7 +23,8 @@ def partition(
     method: Annotated[
         str | None,
         typer.Option(
-            help="weave (default), expertweaver, cmoe, flap, wanda-sp, random or weight-kmeans."
+            help="weave (default), expertweaver, cmoe, dive, flap, wanda-sp, random or "
+            "weight-kmeans."
         ),
     ] = None,
     sparsity: Annotated[
@@ -32,7 +33,9 @@ def partition(
     num_experts: Annotated[
         int | None,
         typer.Option(
-            "--num-experts", "--granularity", help="Slices of the FFN, shared ones counted in."
+            "--num-experts",
+            "--granularity",
+            help="Slices of the FFN, shared ones counted in; of dive, its experts.",
         ),
     ] = None,
     expert_width_multiple: Annotated[

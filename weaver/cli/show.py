@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from weaver.report.affinity_table import affinity_table
 from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import (
     console_table,
@@ -76,6 +77,8 @@ def _show_partition(console: Console, summary: dict[str, Any]) -> None:
         for row in summary["layers"]
     ]
     console.print(console_table(f"{summary['method']} (scope: ffn)", headers, rows))
+    if "affinity" in summary:
+        console.print(console_table(*affinity_table(summary["affinity"])))
 
 
 def _show_router(console: Console, summary: dict[str, Any]) -> None:

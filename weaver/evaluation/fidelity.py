@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weaver.algorithms.contributions import expert_contributions
-from weaver.algorithms.glu import GluWeights, glu_hidden
+from weaver.algorithms.contributions import expert_contributions, expert_errors
+from weaver.algorithms.glu import GluWeights, glu_forward, glu_hidden
 from weaver.artifacts.types import ExpertLayout, Router
 from weaver.kernels.reference import Routing, route
 from weaver.models.moe import MoEFeedForward
@@ -27,7 +27,8 @@ class RouterFidelity:
         oracle_agreement: share of the chosen pairs of token and expert that the oracle picks too.
         chance_agreement: the same for a random choice: the share of all pairs that were chosen,
             K / E for top-k.
-        captured_contribution: squared output norms of the chosen pairs over the oracle's.
+        captured_contribution: squared output norms of the chosen pairs over the oracle's; of
+            experts that each stand for the whole FFN, what they are worth in their place.
         load_cv: standard deviation over mean of the experts' token shares.
     """
 
@@ -44,6 +45,7 @@ def router_fidelity(
     layout: ExpertLayout,
     router: Router,
     expert_bias_ED: Tensor | None = None,
+    dense_TD: Tensor | None = None,
 ) -> RouterFidelity:
     """Compare a router with the oracle on some FFN inputs.
 
@@ -54,17 +56,29 @@ def router_fidelity(
     Every expert is taken for itself: that the outputs of two may point the same way, and the factor
     that a trained router puts on them, do not count.
 
+    Experts that each stand for the whole FFN are not missed where they are skipped. With the dense
+    output y given, what an expert is worth to a token is how much nearer it alone comes to y than
+    the worst one, ``max_i ||y - y_i||^2 - ||y - y_e||^2`` with ``y_e`` its output, the shared
+    expert's included; the oracle then takes the nearest experts.
+
     Args:
         x_TD: FFN inputs, (T, D), float32.
         weights: the FFN, float32.
         layout: shared and routed neurons, by their rows in ``weights``.
         router: the router of the layer.
         expert_bias_ED: constant that an expert adds where it is chosen, (E, D), or None.
+        dense_TD: output of the dense FFN, (T, D), where each expert stands for the whole of it.
     """
     hidden_TF = glu_hidden(x_TD, weights)
-    contribution_TE = expert_contributions(
-        hidden_TF, weights.down_FD, layout.experts_EN, expert_bias_ED
-    )
+    parts = (hidden_TF, weights.down_FD, layout.experts_EN, expert_bias_ED)
+    if dense_TD is None:
+        contribution_TE = expert_contributions(*parts)
+    else:
+        rest_TD = dense_TD - hidden_TF[:, layout.shared_S] @ weights.down_FD[layout.shared_S]
+        if weights.output_bias_D is not None:
+            rest_TD = rest_TD - weights.output_bias_D
+        error_TE = expert_errors(rest_TD, *parts)
+        contribution_TE = error_TE.max(dim=1, keepdim=True).values - error_TE
     routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
     oracle_TE = _oracle(contribution_TE, routing, layout)
     chosen_TE = routing.selected_TE()
@@ -89,12 +103,13 @@ def _oracle(contribution_TE: Tensor, routing: Routing, layout: ExpertLayout) -> 
 
 
 @torch.no_grad()
-def module_fidelity(x_TD: Tensor, ffn: MoEFeedForward) -> RouterFidelity:
+def module_fidelity(x_TD: Tensor, ffn: MoEFeedForward, dense: GluWeights) -> RouterFidelity:
     """``router_fidelity`` of a converted FFN with its own router and biases.
 
     Args:
         x_TD: inputs of the module, (T, D).
         ffn: a module with routed experts.
+        dense: the FFN it was made from, float32.
     Raises:
         ValueError: the layer is static.
     """
@@ -107,6 +122,7 @@ def module_fidelity(x_TD: Tensor, ffn: MoEFeedForward) -> RouterFidelity:
         _stored_layout(ffn),
         ffn.router.record(),
         None if bias_ED is None else bias_ED.float(),
+        glu_forward(x_TD.float(), dense) if ffn.shape.averages_experts else None,
     )
 
 

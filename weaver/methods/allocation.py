@@ -51,6 +51,30 @@ def plan_width(intermediate_size: int, num_experts: int, multiple: int) -> int:
     return width
 
 
+def pruned_width(intermediate_size: int, top_k: int, multiple: int, sparsity: float) -> int:
+    """N, the neurons of an expert that is a pruning of the whole FFN.
+
+    ``N = round(F * (1 - s) / K)``, rounded down to a multiple.
+
+    Args:
+        intermediate_size: F.
+        top_k: K, experts active per token.
+        multiple: the width must be a multiple of this.
+        sparsity: s, of active neurons: K of F * (1 - s) / K neurons each.
+    Raises:
+        WeaverError: N would be 0.
+    """
+    width = round(intermediate_size * (1.0 - sparsity) / top_k) // multiple * multiple
+    if width == 0:
+        raise WeaverError(
+            f"sparsity {sparsity:g} leaves {top_k} of {intermediate_size} neurons in multiples of "
+            f"{multiple}: an expert would be empty",
+            why=f"{intermediate_size} * (1 - {sparsity:g}) / {top_k} is below {multiple}",
+            fix="lower the sparsity or --expert-width-multiple",
+        )
+    return width
+
+
 def active_neurons(
     intermediate_size: int, num_experts: int, expert_width: int, sparsity: float
 ) -> int:

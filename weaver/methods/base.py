@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
@@ -28,6 +28,25 @@ class MethodOptions(BaseModel):
     def experts_per_token(self) -> int | None:
         """K of experts that each stand for the whole FFN; None where they are slices of it."""
         return None
+
+
+class GroupOptions(MethodOptions):
+    """Options of a method that prunes the whole FFN once per expert, each for some groups of text.
+
+    The calibration has to keep its groups apart; which of them belong together is measured before
+    the first layer is split.
+
+    Args:
+        top_k: K, experts per token; the more there are, the narrower each is.
+        affinity_windows: windows of each group's text on which pruned models are measured.
+    """
+
+    top_k: int = Field(1, ge=1)
+    affinity_windows: int = Field(4, ge=1)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
 
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
@@ -93,9 +112,6 @@ class MethodSpec(Generic[OptionsT]):
         constants: whether the mean output of what is skipped is supplied by default, beyond what
             the method's layout itself supplies.
         allocation: how active neurons are divided among the layers by default.
-        prunes_groups: experts are prunings of the whole FFN, each for some groups of the
-            calibration text, which has to keep them apart; which groups belong together is measured
-            first. Such experts overlap, and every layer has the same number of active neurons.
     """
 
     name: str
@@ -110,7 +126,11 @@ class MethodSpec(Generic[OptionsT]):
     refit: bool = False
     constants: bool = False
     allocation: Literal["uniform", "adaptive", "fisher"] = "uniform"
-    prunes_groups: bool = False
+
+    @property
+    def prunes_groups(self) -> bool:
+        """Whether experts are prunings of the whole FFN, which overlap; see ``GroupOptions``."""
+        return issubclass(self.options, GroupOptions)
 
     @property
     def is_static(self) -> bool:

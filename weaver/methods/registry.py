@@ -7,7 +7,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from weaver.errors import WeaverError
-from weaver.methods import cmoe, expertweaver, flap, random_split, wanda_sp, weave, weight_kmeans
+from weaver.methods import (
+    cmoe,
+    dive,
+    expertweaver,
+    flap,
+    random_split,
+    wanda_sp,
+    weave,
+    weight_kmeans,
+)
 from weaver.methods.base import MethodOptions, MethodSpec
 from weaver.methods.routers import ROUTERS, RouterSpec
 
@@ -48,6 +57,18 @@ METHODS: dict[str, MethodSpec[Any]] = {
             num_experts=8,
             router="representative",
             sequential=True,
+        ),
+        MethodSpec(
+            name="dive",
+            summary="the FFN pruned once per cluster of domains, overlapping experts",
+            source="arXiv:2506.09351",
+            partition=dive.partition,
+            shared_scores=None,
+            options=dive.DiveOptions,
+            num_experts=4,
+            router="error-ridge",
+            sequential=False,
+            constants=True,
         ),
         MethodSpec(
             name="flap",

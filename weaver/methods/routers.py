@@ -7,13 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weaver.algorithms.contributions import expert_contributions
+from weaver.algorithms.contributions import expert_contributions, expert_errors
 from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.markers import l1_distances, marker_columns, mean_columns
+from weaver.algorithms.ridge import ridge_fit
 from weaver.algorithms.statistics import normalised
 from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKind, Selection
 from weaver.methods.base import RouterFunction
-from weaver.methods.selection import fit_scores, sampled_hidden, selection_threshold
+from weaver.methods.selection import (
+    ROUTER_PENALTY,
+    fit_scores,
+    sampled_hidden,
+    selection_threshold,
+)
 
 # Tokens whose neuron activations exist at once.
 _CHUNK_TOKENS = 8192
@@ -146,6 +152,42 @@ def ridge_router(
     return _untrained(layout, "linear", weight_ED, bias_E=bias_E)
 
 
+def error_ridge_router(
+    weights: GluWeights, profile: LayerProfile, layout: ExpertLayout, generator: torch.Generator
+) -> Router:
+    """Route to the experts that are predicted to come nearest to the dense FFN.
+
+    ``s_e ~ -||y - (h_shared Wd_shared + h_e Wd_e + b_e)||^2 / mean``, linear in x with an intercept
+    (``ridge_fit``): the squared error of expert e alone, over its mean over tokens and experts, so
+    that logits do not depend on the size of a layer's outputs.
+
+    Args:
+        weights: the dense FFN.
+        profile: its ``ffn_inputs_ND`` are the tokens of the regression.
+        layout: which neurons each expert holds, and the constants b_e of experts that have one.
+        generator: not used.
+    Returns:
+        A linear router with an intercept.
+    Raises:
+        ValueError: the layout has no routed experts.
+    Source: weaver's own; DIVE (arXiv:2506.09351) trains its router from scratch.
+    """
+    del generator
+    _require_experts(layout)
+    errors = []
+    for inputs_TD in profile.ffn_inputs_ND.split(_CHUNK_TOKENS):
+        hidden_TF, down_FD = sampled_hidden(inputs_TD, weights), weights.down_FD.float()
+        dense_TD = hidden_TF @ down_FD
+        target_TD = dense_TD - hidden_TF[:, layout.shared_S] @ down_FD[layout.shared_S]
+        bias_ED = layout.expert_bias_ED
+        errors.append(expert_errors(target_TD, hidden_TF, down_FD, layout.experts_EN, bias_ED))
+    error_TE = torch.cat(errors)
+    tiny = torch.finfo(torch.float32).tiny
+    score_TE = -error_TE / error_TE.mean().clamp_min(tiny)
+    weight_ED, bias_E = ridge_fit(profile.ffn_inputs_ND.float(), score_TE, ROUTER_PENALTY)
+    return _untrained(layout, "linear", weight_ED, bias_E=bias_E)
+
+
 def representative_neurons(profile: LayerProfile, layout: ExpertLayout) -> Tensor:
     """Per expert the member nearest (L1) to the mean marker column of the expert, int64, (E,)."""
     _require_experts(layout)
@@ -208,6 +250,13 @@ ROUTERS: dict[str, RouterSpec] = {
             source="weaver",
             build=ridge_router,
             selections=("top-k", "threshold"),
+        ),
+        RouterSpec(
+            name="error-ridge",
+            kind="linear",
+            summary="predicted error of each expert alone, by ridge regression",
+            source="weaver",
+            build=error_ridge_router,
         ),
         RouterSpec(
             name="random",

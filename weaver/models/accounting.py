@@ -157,6 +157,11 @@ class LayerShape:
         return self.weighting == "unit" or alone
 
     @property
+    def averages_experts(self) -> bool:
+        """The weights of a token's experts add up to 1: each stands for the whole FFN."""
+        return self.weighting == "softmax" and self.routed_scaling == 1
+
+    @property
     def router_rows(self) -> int:
         """Rows of the router's matrices: E, or 2 E of a glu router."""
         return {None: 0, "linear": 1, "glu": 2}[self.router_kind] * self.n_routed_experts

@@ -31,35 +31,38 @@ def speedup_plot(result: BenchResult) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(WIDTH / 2, 20, title),
-        _text(WIDTH / 2, HEIGHT - 12, "tokens"),
-        *(_text(x(row), HEIGHT - BOTTOM + 18, str(row.tokens)) for row in rows),
+        text(WIDTH / 2, 20, title),
+        text(WIDTH / 2, HEIGHT - 12, "tokens"),
+        *(text(x(row), HEIGHT - BOTTOM + 18, str(row.tokens)) for row in rows),
     ]
     step = 0.25 if top < 2.5 else math.ceil(top / 8)
     for i in range(int(top / step) + 1):
-        parts.append(_line([(LEFT, y(i * step)), (WIDTH - RIGHT, y(i * step))], "#ddd"))
-        parts.append(_text(LEFT - 24, y(i * step) + 4, f"{i * step:.2f}x"))
-    parts.append(_line([(LEFT, y(1)), (WIDTH - RIGHT, y(1))], "black"))
+        parts.append(line([(LEFT, y(i * step)), (WIDTH - RIGHT, y(i * step))], "#ddd"))
+        parts.append(text(LEFT - 24, y(i * step) + 4, f"{i * step:.2f}x"))
+    parts.append(line([(LEFT, y(1)), (WIDTH - RIGHT, y(1))], "black"))
     for name, colour in (("prefill", "#1f6fb4"), ("decode", "#c4501b")):
         chosen = [row for row in rows if row.phase == name]
-        parts.append(_line([(x(row), y(row.bound)) for row in chosen], colour, dashed=True))
-        parts.append(_line([(x(row), y(row.speedup)) for row in chosen], colour))
+        parts.append(line([(x(row), y(row.bound)) for row in chosen], colour, dashed=True))
+        parts.append(line([(x(row), y(row.speedup)) for row in chosen], colour))
         for row in chosen:
             parts.append(
                 f'<circle cx="{x(row):.1f}" cy="{y(row.speedup):.1f}" r="4" '
                 f'fill="{colour}"><title>{row.speedup:.2f}x</title></circle>'
             )
     parts.append(
-        _text(WIDTH / 2, 34, "speed-up over dense: blue prefill, red decoding, dashed bound")
+        text(WIDTH / 2, 34, "speed-up over dense: blue prefill, red decoding, dashed bound")
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _line(points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = False) -> str:
+def line(points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = False) -> str:
+    """SVG of a line through points."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = ' stroke-dasharray="5 4"' if dashed else ""
     return f'<polyline points="{path}" fill="none" stroke="{colour}"{dash}/>'
 
 
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
+def text(x: float, y: float, words: str, *, anchor: str = "middle", more: str = "") -> str:
+    """SVG of words at a place; ``more`` holds further attributes."""
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f"<text {place}{more}>{escape(words)}</text>"

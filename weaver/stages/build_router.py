@@ -101,6 +101,6 @@ def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> dict[
         weights = partition.calibration.checkpoint.ffn(layer, torch.float32)
         ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
         x_TD = partition.profile(layer).ffn_inputs_ND[:FIDELITY_TOKENS].float()
-        fidelity = asdict(module_fidelity(x_TD, ffn))
+        fidelity = asdict(module_fidelity(x_TD, ffn, weights))
         rows.append({"layer": layer, **{k: round(v, 6) for k, v in fidelity.items()}})
     return {"router": config.kind, "layers": rows}

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from weaver.config.loading import RunConfig
-from weaver.methods.registry import get_method
+from weaver.methods.allocation import pruned_width
+from weaver.methods.registry import get_method, resolve_options
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES
 
@@ -62,10 +63,18 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     experts = config.partition.num_experts or spec.num_experts or 0
     solved = D * (F + experts + 1) * 4 if refit else 0
     work = max(batch, _REFIT_TENSORS * F * F * 4 if refit else 0)
+    whole = resolve_options(spec, config.partition.options).experts_per_token
+    if whole is not None:
+        # Prunings of the whole FFN overlap: each is stored in full.
+        multiple, sparsity = config.partition.expert_width_multiple, config.partition.sparsity
+        stored = experts * pruned_width(F, whole, multiple, sparsity)
+        converted = parameters + L * (stored - F) * 3 * D
+    else:
+        converted = parameters
     eval_itemsize = checkpoint.resolve_dtype(config.eval.dtype).itemsize
     return Estimate(
         memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + work + profile,
-        eval_memory=2 * parameters * eval_itemsize,
+        eval_memory=(parameters + converted) * eval_itemsize,
         profile_disk=copies * L * (profile + solved) + calibrate.tokens * D * itemsize,
-        model_disk=parameters * checkpoint.resolve_dtype(config.assemble.dtype).itemsize,
+        model_disk=converted * checkpoint.resolve_dtype(config.assemble.dtype).itemsize,
     )

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from weaver.artifacts.affinity import Affinity
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
@@ -20,6 +22,8 @@ from weaver.stages.finished import layer_path, parent
 PROFILE_FOLDER = "profile"
 ROUTER_FOLDER = "router"
 COMPENSATION_FOLDER = "compensation"
+# Folder of a partition by groups: how alike the groups prune the model.
+AFFINITY_FOLDER = "affinity"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class Partition:
         values = self.manifest.request.config["propagate"]
         return RouterConfig.model_validate(values) if self.sequential else None
 
+    def group_experts(self) -> Tensor | None:
+        """The expert of each calibration group, (G,); None if the partition is not by groups."""
+        path = affinity_path(self.folder)
+        return read_record(path, Affinity).experts_G if path.exists() else None
+
     def layout(self, layer: int) -> ExpertLayout:
         """Layout of one layer."""
         return read_record(layer_path(self.folder, layer), ExpertLayout)
@@ -78,6 +87,11 @@ class Partition:
         if not self.sequential:
             return self.calibration.profile(layer)
         return read_record(layer_path(self.folder / PROFILE_FOLDER, layer), LayerProfile)
+
+
+def affinity_path(folder: Path) -> Path:
+    """File of the affinity in a partition's folder."""
+    return folder / AFFINITY_FOLDER / "affinity.safetensors"
 
 
 def open_calibration(folder: Path) -> Calibration:

@@ -78,6 +78,12 @@ def forecast_layouts(
             why="--pareto compares numbers of experts, and a static method has none",
             fix="--method weave, or leave --pareto out",
         )
+    if spec.prunes_groups:
+        raise WeaverError(
+            f"method {spec.name} has experts of one width, whatever their number",
+            why="--pareto compares slices of the FFN of different widths",
+            fix="--method weave, or leave --pareto out",
+        )
     options = resolve_options(spec, config.options)
     calibration = open_calibration(calibration_folder or context.folder("calibrate"))
     resolved = resolve(config, spec, options)

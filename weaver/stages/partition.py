@@ -12,11 +12,12 @@ from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import ExpertLayout
 from weaver.config.sections import PartitionConfig, RouterConfig
 from weaver.errors import WeaverError
-from weaver.methods.base import MethodOptions, MethodSpec
+from weaver.methods.base import GroupOptions, MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.accounting import LayerShape
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
 from weaver.models.stream import DecoderStream
+from weaver.stages.affinity import affinity_summary, mine_affinity, require_groups
 from weaver.stages.budget import Budget, allocate
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.finished import layer_path
@@ -68,11 +69,20 @@ def partition(
     if run.status == "skip":
         return run.skipped()
     splitter = LayerSplitter(calibration, resolved, spec, options, context.seed)
+    if spec.prunes_groups:
+        require_groups(calibration, spec.name, splitter.num_experts)
     run.begin()
+    affinity = None
+    if isinstance(options, GroupOptions):
+        affinity = mine_affinity(context, run, splitter, options.affinity_windows)
+        splitter.group_experts_G = affinity.experts_G
     budget = allocate(context, run.folder, splitter)
     split_all = _split_sequentially if resolved.sequential else _split_one_shot
     split_all(context, run, splitter, budget)
-    return run.finish(_summary(run, splitter, budget))
+    summary = _summary(run, splitter, budget)
+    if affinity is not None:
+        summary["affinity"] = affinity_summary(affinity)
+    return run.finish(summary)
 
 
 def propagating(config: PartitionConfig, router: RouterConfig) -> PartitionConfig:
@@ -86,8 +96,15 @@ def resolve(
     """The configuration with the method's defaults filled in.
 
     Raises:
-        WeaverError: no such router, or it cannot select experts as the method's options want.
+        WeaverError: no such router, it cannot select experts as the method's options want, or an
+            allocation that the method does not have.
     """
+    if spec.prunes_groups and (config.allocation or spec.allocation) != "uniform":
+        raise WeaverError(
+            f"{spec.name} with --allocation {config.allocation}",
+            why="its experts are prunings of the whole FFN, of the same width in every layer",
+            fix="--allocation uniform",
+        )
     propagate = resolve_router(config.propagate or RouterConfig(), spec)
     if propagate.kind is not None:
         require_selection(propagate.kind, options.selects)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.statistics import LayerStatistics, sample_positions
 from weaver.artifacts.manifest import InputRef
 from weaver.artifacts.results import LayerRouterScores, RouterReport, RouterScores
@@ -113,7 +114,8 @@ def router_report(
     layers = calibration.checkpoint.num_layers
     with context.progress("router report", layers) as advance:
         for layer in range(layers):
-            values = _fidelity(by_layer.get(layer)) | _stability(inputs, splitter, layer)
+            dense = calibration.checkpoint.ffn(layer, torch.float32)
+            values = _fidelity(by_layer.get(layer), dense) | _stability(inputs, splitter, layer)
             rows.append(LayerRouterScores(layer=layer, **values))
             advance(f"layer {layer}")
     first_n, second_n = inputs.halves
@@ -138,6 +140,7 @@ class _ScoredSplitter:
         noting = replace(self.spec, partition=self._noting)
         self._partition = partition
         self._splitter = LayerSplitter(partition.calibration, config, noting, options, request.seed)
+        self._splitter.group_experts_G = partition.group_experts()
 
     def split(self, layer: int, profile: LayerProfile) -> tuple[ExpertLayout, Tensor | None]:
         """Layout of one layer, and the scores by which its shared neurons were chosen, (F,)."""
@@ -154,9 +157,9 @@ class _ScoredSplitter:
         return layout
 
 
-def _fidelity(kept: KeptInputs | None) -> dict[str, float | None]:
+def _fidelity(kept: KeptInputs | None, dense: GluWeights) -> dict[str, float | None]:
     names = ("oracle_agreement", "chance_agreement", "captured_contribution")
-    found = {} if kept is None else asdict(module_fidelity(kept.inputs(), kept.ffn))
+    found = {} if kept is None else asdict(module_fidelity(kept.inputs(), kept.ffn, dense))
     return {name: found.get(name) for name in names}
 
 

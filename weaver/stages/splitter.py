@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weaver.artifacts.types import ExpertLayout, LayerProfile
 from weaver.config.sections import PartitionConfig
-from weaver.methods.allocation import active_neurons, plan_width
+from weaver.errors import WeaverError
+from weaver.methods.allocation import active_neurons, plan_width, pruned_width
 from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
 from weaver.methods.layouts import dense_layout
 from weaver.models.moe import MoEFeedForward
@@ -46,15 +48,18 @@ class LayerSplitter:
         self.options = options
         self.seed = seed
         self.num_experts = config.num_experts or 0
-        self.width = (
-            plan_width(
-                self.checkpoint.intermediate_size, self.num_experts, config.expert_width_multiple
-            )
-            if self.num_experts
-            else 0
-        )
+        # The expert of each calibration group, once it is known, where the method prunes by groups.
+        self.group_experts_G: Tensor | None = None
+        neurons, multiple = self.checkpoint.intermediate_size, config.expert_width_multiple
+        whole = options.experts_per_token
+        if whole is not None:
+            _require_experts(self.num_experts, whole)
+            self.width = pruned_width(neurons, whole, multiple, config.sparsity)
+            self.uniform_neurons = whole * self.width
+            return
+        self.width = plan_width(neurons, self.num_experts, multiple) if self.num_experts else 0
         self.uniform_neurons = active_neurons(
-            self.checkpoint.intermediate_size, self.num_experts, self.width, config.sparsity
+            neurons, self.num_experts, self.width, config.sparsity
         )
 
     def split(self, layer: int, profile: LayerProfile, active_neurons: int) -> ExpertLayout:
@@ -68,6 +73,7 @@ class LayerSplitter:
             active_neurons=active_neurons,
             num_experts=self.num_experts,
             expert_width=self.width,
+            group_experts_G=self.group_experts_G,
         )
         layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(layer))
         if self.config.weighting == "softmax" and layout.num_routed_experts:
@@ -91,6 +97,15 @@ class LayerSplitter:
     def generator(self, layer: int) -> torch.Generator:
         """Randomness of one layer, the same whether or not the layers before it ran now."""
         return layer_generator(self.seed, layer)
+
+
+def _require_experts(num_experts: int, top_k: int) -> None:
+    if num_experts < max(2, top_k):
+        raise WeaverError(
+            f"num_experts={num_experts}, of which a token uses {top_k}",
+            why="routing needs at least two experts",
+            fix="--num-experts 4",
+        )
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
