@@ -179,3 +179,12 @@ def test_a_copy_shares_nothing_with_what_was_already_used() -> None:
         assert not function(copy).any(), name
         torch.testing.assert_close(function(case), before[name])
         torch.testing.assert_close(function(kept), before[name])
+
+
+def test_a_synthetic_case_of_experts_that_overlap() -> None:
+    """Six experts of eight neurons stand for a dense layer of twelve."""
+    shape = LayerShape(0, 6, 8, 1, "linear", weighting="softmax")
+    case = synthetic_case(shape, 16, 4, torch.float32, dense_neurons=12)
+    assert case.dense.gate_FD.shape == (12, 16)
+    assert case.module.gate_weight.shape == (48, 16)
+    assert case.module(case.x_TD).shape == (4, 16)

@@ -11,7 +11,7 @@ import torch
 from weaver.algorithms.affinity import column_normalised, correlation_clusters, row_correlation
 from weaver.artifacts.affinity import Affinity
 from weaver.report.affinity_plot import CELL, COLOURS, NAMES, TOP, affinity_plot
-from weaver.report.affinity_table import affinity_table
+from weaver.report.affinity_table import affinity_experts, affinity_table
 
 SVG = "{http://www.w3.org/2000/svg}"
 PERPLEXITY_GG = torch.tensor([[10.0, 40.0, 12.0], [20.0, 30.0, 24.0], [10.0, 38.0, 11.0]])
@@ -78,17 +78,18 @@ def test_the_table_is_ordered_by_expert() -> None:
     summary = {
         "groups": ["law", "code", "sermons"],
         "experts": [0, 1, 0],
-        "perplexity": PERPLEXITY_GG.tolist(),
+        "perplexity": (10 * PERPLEXITY_GG).tolist(),
         "text": "held-out",
         "tokens": 63,
     }
     title, headers, rows = affinity_table(summary)
-    assert "held-out text" in title
-    assert "63 tokens" in title
-    assert headers == ("", "group", "expert", "1", "2", "3")
-    assert [row[:3] for row in rows] == [(1, "law", 0), (2, "sermons", 0), (3, "code", 1)]
-    assert [[float(str(value)) for value in row[3:]] for row in rows] == [
-        [10.0, 12.0, 40.0],
-        [10.0, 11.0, 38.0],
-        [20.0, 24.0, 30.0],
+    assert "held-out text, 63 tokens each" in title
+    assert headers == ("", "1", "2", "3")
+    assert rows == [
+        (1, "100", "120", "400"),
+        (2, "100", "110", "380"),
+        (3, "200", "240", "300"),
     ]
+    low = affinity_table(summary | {"perplexity": PERPLEXITY_GG.tolist()})[2]
+    assert low[0] == (1, "10.0", "12.0", "40.0")
+    assert affinity_experts(summary) == ["  expert 0: 1 law, 2 sermons", "  expert 1: 3 code"]

@@ -245,6 +245,18 @@ def test_what_it_cannot_do(
     assert not (calibrated / "partition").exists()
 
 
+def test_halves_without_a_group_are_no_partition_by_groups(
+    calibrated: Path, tiny_llama: Path
+) -> None:
+    """One window, and so one sample, of each group."""
+    shutil.rmtree(calibrated / "calibrate")
+    one = {"tokens": 6 * 512, "sequence_length": 512}
+    settings = config(tiny_llama, calibrate=one, eval={"router": True})
+    with pytest.raises(WeaverError, match="half of the calibration samples have none of") as caught:
+        run_stages(settings, calibrated, until="eval")
+    assert "--no-router" in caught.value.fix
+
+
 def test_groups_have_to_be_kept_apart_before(tiny_llama: Path, tmp_path: Path) -> None:
     mixed = config(tiny_llama, calibrate={"groups": False})
     with pytest.raises(WeaverError, match="the calibration mixes its 6 groups") as caught:
@@ -267,5 +279,5 @@ def test_the_table_and_the_flags(finished: Path) -> None:
         *("--num-experts", "3", "--set", "partition.options.affinity_windows=2"),
     )
     assert done.returncode == 0, done.stderr
-    assert "perplexity of the model pruned by" in done.stdout
-    assert "held-out" in done.stdout
+    assert "held-out text, 126 tokens each" in done.stdout
+    assert "  expert 0: 1 " in done.stdout

@@ -50,8 +50,9 @@ def _overlap(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensatio
     """Experts with neurons in common, and each with a constant of its own."""
     found = overlapping_conversions(checkpoint, experts=4, width=24, top_k=2)
     generator = torch.Generator().manual_seed(0)
-    bias_ED = torch.randn(4, checkpoint.hidden_size, generator=generator)
-    return found, [Compensation(expert_bias_ED=bias_ED)] * len(found)
+    size = (4, checkpoint.hidden_size)
+    biases = [torch.randn(size, generator=generator) for _ in found]
+    return found, [Compensation(expert_bias_ED=bias_ED) for bias_ED in biases]
 
 
 def _compensated(checkpoint: Checkpoint) -> tuple[list[Conversion], list[Compensation]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from weaver.report.affinity_table import affinity_table
+from weaver.report.affinity_table import affinity_experts, affinity_table
 from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import (
     console_table,
@@ -79,6 +79,7 @@ def _show_partition(console: Console, summary: dict[str, Any]) -> None:
     console.print(console_table(f"{summary['method']} (scope: ffn)", headers, rows))
     if "affinity" in summary:
         console.print(console_table(*affinity_table(summary["affinity"])))
+        console.print("\n".join(affinity_experts(summary["affinity"])), markup=False)
 
 
 def _show_router(console: Console, summary: dict[str, Any]) -> None:

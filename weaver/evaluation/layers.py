@@ -75,12 +75,14 @@ def synthetic_case(
     *,
     skewed: bool = False,
     seed: int = 0,
+    dense_neurons: int | None = None,
 ) -> LayerCase:
     """Random weights and standard normal inputs, outputs of about unit size, and a linear router.
 
     Its scores are standard normal, so that tokens spread nearly evenly over the experts. ``skewed``
     adds ``-log(e + 1)`` to the scores, Zipf's law for the preferences. Exactly K experts are
-    selected; biases, constants and glu routers are left out.
+    selected; biases, constants and glu routers are left out. The dense FFN has as many neurons as
+    the converted one stores, or ``dense_neurons`` where experts overlap.
     """
     generator = torch.Generator().manual_seed(seed)
     neurons, experts = shape.total_neurons, shape.n_routed_experts
@@ -95,7 +97,7 @@ def synthetic_case(
     def normal(rows: int, scale: float) -> Tensor:
         return (scale * torch.randn(rows, hidden_size, generator=generator)).to(dtype)
 
-    dense = GluWeights(
+    stored = GluWeights(
         gate_FD=normal(neurons, 2 * hidden_size**-0.5),
         up_FD=normal(neurons, hidden_size**-0.5),
         down_FD=normal(neurons, neurons**-0.5),
@@ -108,7 +110,8 @@ def synthetic_case(
         balance_bias_E=torch.zeros(experts),
         bias_E=-torch.arange(1.0, experts + 1).log() if skewed else None,
     )
-    return LayerCase(dense, MoEFeedForward.convert(dense, layout, router), normal(tokens, 1.0))
+    dense = stored if dense_neurons is None else stored.select(torch.arange(dense_neurons))
+    return LayerCase(dense, MoEFeedForward.convert(stored, layout, router), normal(tokens, 1.0))
 
 
 @torch.inference_mode()

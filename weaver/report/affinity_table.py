@@ -5,30 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from weaver.report.tables import format_number
-
 
 def affinity_table(
     summary: dict[str, Any],
 ) -> tuple[str, Sequence[str], Sequence[Sequence[object]]]:
     """Title, headers and rows: perplexity by the group pruned by and the group measured on.
 
-    Rows are ordered by expert; columns, in the same order, are numbered as the rows are.
+    Rows and columns are numbered alike, by expert; ``affinity_experts`` has the names. So that ten
+    groups fit into a terminal, a perplexity has a decimal below 100 only.
     """
-    experts, names = summary["experts"], summary["groups"]
-    order = sorted(range(len(names)), key=lambda group: (experts[group], group))
+    order = _by_expert(summary)
     title = (
-        f"perplexity of the model pruned by a row's group, on {summary['text']} text of a column's "
-        f"({summary['tokens']} tokens each)"
+        f"perplexity pruned by (rows) and measured on (columns) a group, {summary['text']} text, "
+        f"{summary['tokens']} tokens each"
     )
-    headers = ("", "group", "expert", *(str(place + 1) for place in range(len(order))))
     rows = [
-        (
-            place + 1,
-            names[i],
-            experts[i],
-            *(format_number(summary["perplexity"][i][j]) for j in order),
-        )
-        for place, i in enumerate(order)
+        (place, *(_short(summary["perplexity"][i][j]) for j in order))
+        for place, i in enumerate(order, start=1)
     ]
-    return title, headers, rows
+    return title, ("", *map(str, range(1, len(order) + 1))), rows
+
+
+def affinity_experts(summary: dict[str, Any]) -> list[str]:
+    """A line per expert with the numbers and names of its groups."""
+    members: dict[int, list[str]] = {}
+    for place, group in enumerate(_by_expert(summary), start=1):
+        expert = summary["experts"][group]
+        members.setdefault(expert, []).append(f"{place} {summary['groups'][group]}")
+    return [f"  expert {expert}: {', '.join(names)}" for expert, names in members.items()]
+
+
+def _by_expert(summary: dict[str, Any]) -> list[int]:
+    experts: list[int] = summary["experts"]
+    return sorted(range(len(experts)), key=lambda group: (experts[group], group))
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -126,8 +126,18 @@ def bench_run(
     else:
         hidden, tokens = converted.dense.hidden_size, max(config.tokens)
         skewed, seed = routing == "skewed", context.seed
+        # Experts that overlap are stored with more neurons than the dense layer has.
+        neurons = converted.dense.intermediate_size
         cases = [
-            (layer, synthetic_case(shapes[layer], hidden, tokens, dtype, skewed=skewed, seed=seed))
+            (
+                layer,
+                synthetic_case(
+                    *(shapes[layer], hidden, tokens, dtype),
+                    skewed=skewed,
+                    seed=seed,
+                    dense_neurons=neurons if shapes[layer].total_neurons > neurons else None,
+                ),
+            )
             for layer in chosen
         ]
     return _measure(context, config, cases, dtype, level, routing)

@@ -61,7 +61,8 @@ def open_report(context: StageContext) -> ReportInputs:
     """Open partition and calibration, and divide the calibration samples into halves.
 
     Raises:
-        WeaverError: a stage is missing, or there are fewer than two samples for a half.
+        WeaverError: a stage is missing, there are fewer than two samples for a half, or a partition
+            by groups would lack a group in one.
     """
     partition = open_partition(context.folder("partition"))
     calibration = partition.calibration
@@ -84,7 +85,23 @@ def open_report(context: StageContext) -> ReportInputs:
             fix="eval with --no-router, or calibrate with a larger --tokens or --input-sample-mb",
         )
     halves = sample_halves(sample_ids_N, packed.sample_groups_M)
+    if partition.group_experts() is not None:
+        _require_groups(packed, [sample_ids_N[half_n] for half_n in halves])
     return ReportInputs(partition, packed, sample_ids_N, halves)
+
+
+def _require_groups(packed: PackedTokens, halves: Sequence[Tensor]) -> None:
+    for ids_n in halves:
+        present = set(packed.sample_groups_M[ids_n.unique()].tolist())
+        missing = [name for group, name in enumerate(packed.groups) if group not in present]
+        if missing:
+            raise WeaverError(
+                f"half of the calibration samples have none of {', '.join(missing)}",
+                why="the router report makes the partition again from two halves of the samples, "
+                "and it is a partition by groups",
+                fix="eval with --no-router, or calibrate with a larger --tokens or "
+                "--input-sample-mb",
+            )
 
 
 def held_out_positions(tokens: int, seed: int) -> Tensor:
