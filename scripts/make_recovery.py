@@ -22,9 +22,11 @@ from weaver.report.tables import markdown_table
 
 DATA = "[multitask_calib/open.jsonl, domains]"
 CALIBRATE = (f"calibrate.data={DATA}", "calibrate.tokens=16384")
-EVAL = ("eval.data=[wikitext2/wiki.test.rebuilt.raw]", "eval.windows=14")
-SHAPE = ("batch_size=4", "sequence_length=256", "evaluate_every=40", "checkpoint_every=40")
-DISTILL = ("objective=distill", "learning_rate=4e-4", "warmup_steps=5", *SHAPE)
+EVAL = (
+    *("eval.data=[wikitext2/wiki.test.rebuilt.raw]", "eval.windows=8"),
+    "eval.sequence_length=1024",
+)
+SHAPE = ("batch_size=4", "sequence_length=256", "evaluate_every=50", "checkpoint_every=50")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ METHODS = ("weave", "cmoe", "expertweaver")
 
 def rows(steps: int) -> list[Row]:
     """The table's rows: every method's start, and CMoE's own training on the same tokens."""
-    distilled = [Row(name, "distill", (*DISTILL, f"steps={steps}")) for name in METHODS]
-    published = Row("cmoe", "cmoe-2k", ("preset=cmoe-2k", *SHAPE, f"steps={steps}"))
-    return [*distilled, published]
+    presets = [(name, "distill-2k") for name in METHODS] + [("cmoe", "cmoe-2k")]
+    return [
+        Row(method, preset, (f"preset={preset}", *SHAPE, f"steps={steps}"))
+        for method, preset in presets
+    ]
 
 
 def run_row(row: Row, runs: Path, data_dir: Path, sparsity: float) -> None:

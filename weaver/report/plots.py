@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from weaver.artifacts.results import BenchResult, BenchRow
@@ -52,6 +52,51 @@ def speedup_plot(result: BenchResult) -> str:
     parts.append(
         text(WIDTH / 2, 34, "speed-up over dense: blue prefill, red decoding, dashed bound")
     )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+COLOURS = ("#1f6fb4", "#c4501b", "#3a8f3a", "#7a4fa3", "#8a6d00", "#555")
+
+
+def curves_plot(
+    title: str, x_name: str, series: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """SVG of named curves over one axis, with a legend.
+
+    Args:
+        title: heading.
+        x_name: what the horizontal axis counts.
+        series: points (x, y) of every curve, in the order of x.
+    """
+    points = [point for curve in series.values() for point in curve]
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - left) / (right - left or 1)
+        up = (y - low) / (high - low or 1)
+        return (
+            LEFT + across * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        text(WIDTH / 2, 20, title),
+        text(WIDTH / 2, HEIGHT - 12, x_name),
+    ]
+    for i in range(5):
+        value, tick = low + i / 4 * (high - low), left + i / 4 * (right - left)
+        parts.append(line([place(left, value), place(right, value)], "#ddd"))
+        parts.append(text(LEFT - 28, place(left, value)[1] + 4, f"{value:.3g}"))
+        parts.append(text(place(tick, low)[0], HEIGHT - BOTTOM + 18, f"{tick:.3g}"))
+    for i, (name, curve) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        parts.append(line([place(*point) for point in curve], colour))
+        more = f' fill="{colour}"'
+        parts.append(text(WIDTH - RIGHT, TOP + 16 * (i + 1), name, anchor="end", more=more))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

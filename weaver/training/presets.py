@@ -59,14 +59,16 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="distill-2k",
-            summary="all weights toward the dense model's predictions, 2,048 samples",
+            summary="low-rank adapters toward the dense model's predictions, 2,048 samples",
             phases=(
                 PhaseConfig(
+                    trainable="lora",
+                    lora=AdapterConfig(rank=16, alpha=32.0),
                     objective="distill",
                     tokens=TOKENS_2K,
                     batch_size=8,
                     sequence_length=2048,
-                    learning_rate=2e-5,
+                    learning_rate=2e-3,
                     router_scale_learning_rate=1e-3,
                     warmup_steps=10,
                     balance_update=1e-3,
