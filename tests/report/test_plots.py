@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from weaver.artifacts.results import BenchHeader, BenchResult, BenchRow
-from weaver.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, speedup_plot
+from weaver.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curves_plot, speedup_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 GRID, ONE = "#ddd", "black"
@@ -150,3 +150,22 @@ def test_the_name_of_the_device_is_escaped() -> None:
     texts = [each.text for each in svg.iter(f"{SVG}text")]
     assert texts[0] == '<b>"R" & D</b>, 2 thread(s), bfloat16, layer'
     assert not list(svg.iter(f"{SVG}b"))
+
+
+def test_curves_share_their_axes() -> None:
+    series = {"a & b": [(0, 4.0), (10, 2.0)], "flat": [(0, 3.0), (10, 3.0)]}
+    drawn = curves_plot("held-out <loss>", "step", series)
+    root = ElementTree.fromstring(drawn)
+    lines = [
+        [tuple(map(float, place.split(","))) for place in each.attrib["points"].split()]
+        for each in root.iter(f"{SVG}polyline")
+    ]
+    falling, flat = lines[-2:]
+    assert falling[0][0] == flat[0][0] < falling[1][0] == flat[1][0]
+    assert falling[0][1] < flat[0][1] == flat[1][1] < falling[1][1]  # SVG counts downward
+    words = [each.text for each in root.iter(f"{SVG}text")]
+    assert {"held-out <loss>", "step", "a & b", "flat", "4", "2", "10"} <= set(words)
+
+
+def test_one_point_is_a_plot() -> None:
+    ElementTree.fromstring(curves_plot("one", "step", {"only": [(5, 1.0)]}))
