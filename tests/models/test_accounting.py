@@ -129,7 +129,9 @@ def test_the_shape_of_a_layout() -> None:
     biases: dict[str, Any] = {"gate_bias": False, "up_bias": False, "output_bias": False}
     found = LayerShape.of(weighted, random_router("linear", 5, 4, **weights), **biases)
     assert found == LayerShape(8, 5, 8, 2, "linear", weighting="softmax", routed_scaling=2.0)
-    with pytest.raises(ValueError, match=r"weighting is \('softmax', 2\.0\), the router's \('unit'"):
+    with pytest.raises(
+        ValueError, match=r"weighting is \('softmax', 2\.0\), the router's \('unit'"
+    ):
         LayerShape.of(weighted, random_router("linear", 5, 4), **biases)
     static = random_layout(48, shared=8, experts=0, top_k=0)
     assert LayerShape.of(

@@ -14,12 +14,19 @@ from transformers import AutoModelForCausalLM
 from weaver.errors import WeaverError
 
 SHORT = {"batch_size": 2, "sequence_length": 64, "warmup_steps": 1}
-GUARD = {"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 2}
+GUARD = {
+    **{"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 2},
+    "precision": "float32",
+}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return state
+
+
+def summary_outputs(run_dir: Path) -> list[str]:
+    return list(json.loads((run_dir / "finetune" / "manifest.json").read_text())["outputs"])
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
@@ -94,6 +101,58 @@ def test_a_preset_is_recorded_as_its_phases(tiny_llama: Path, tmp_path: Path) ->
     assert (phase["steps"], phase["batch_size"], phase["learning_rate"]) == (1, 2, 5.95e-5)
     assert phase["lora"]["dropout"] == 0.1
     assert "preset" not in manifest["finetune"].request.config
+
+
+def test_the_dive_preset_trains_overlapping_experts(tiny_llama: Path, tmp_path: Path) -> None:
+    config = run_config(
+        tiny_llama,
+        calibrate={"groups": True, "tokens": 1000},
+        partition={"method": "dive", "sparsity": 0.5, "num_experts": 3},
+        finetune={**GUARD, **SHORT, "preset": "dive", "steps": 3, "best_by": "perplexity"},
+    )
+    manifest = run_stages(config, tmp_path, until="eval")["finetune"]
+    phases = manifest.request.config["phases"]
+    assert [(phase["trainable"], phase["temperature"]) for phase in phases] == [
+        ("router", 1.0),
+        ("lora", None),
+    ]
+    assert [phase["steps_done"] for phase in manifest.summary["phases"]] == [3, 3]
+    assert manifest.summary["best_step"] > 0
+    before, after = tensors(tmp_path / "model"), tensors(tmp_path / "finetune/model")
+    assert before.keys() == after.keys()
+    assert not after["model.layers.0.mlp.router.weight"].equal(
+        before["model.layers.0.mlp.router.weight"]
+    )
+
+
+def test_downcycling_moves_every_weight(tiny_llama: Path, tmp_path: Path) -> None:
+    config = run_config(
+        tiny_llama,
+        partition={"sparsity": 0.75, "weighting": "softmax", "options": {"shared_experts": 1}},
+        finetune={**GUARD, **SHORT, "preset": "downcycle", "steps": 4},
+    )
+    manifest = run_stages(config, tmp_path, until="finetune")["finetune"]
+    (phase,) = manifest.request.config["phases"]
+    assert (phase["balance_loss"], phase["trainable"]) == (0.01, "all")
+    assert len(manifest.summary["losses"]) == 4
+
+
+def test_other_precision_is_another_training(tiny_llama: Path, tmp_path: Path) -> None:
+    config = run_config(tiny_llama, finetune={**GUARD, **SHORT, "steps": 1})
+    manifest = run_stages(config, tmp_path, until="finetune")["finetune"]
+    assert manifest.request.config["precision"] == "float32"
+    other = run_config(tiny_llama, finetune={**GUARD, **SHORT, "steps": 1, "precision": "bfloat16"})
+    with pytest.raises(WeaverError, match="precision: float32 on disk, bfloat16 asked for"):
+        run_stages(other, tmp_path, until="finetune")
+
+
+def test_curves_lie_beside_the_stage(tiny_llama: Path, tmp_path: Path) -> None:
+    run_stages(run_config(tiny_llama), tmp_path, until="assemble")
+    words = ["--steps", "2", "--batch-size", "2", "--sequence-length", "64"]
+    done = run_weaver("finetune", "--run-dir", tmp_path, *words, "--report-to", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "logs").rglob("events.out.*"))
+    assert not any("events" in name for name in summary_outputs(tmp_path))
 
 
 def test_another_phase_is_named_when_it_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
