@@ -75,11 +75,11 @@ def random_conversions(
     width: int | None = None,
     selection: Selection = "top-k",
 ) -> list[Conversion]:
-    """A different layout and router for every layer."""
+    """A different layout and router for every layer, or every expert of a MoE model."""
     conversions: list[Conversion] = []
-    for layer in range(checkpoint.num_layers):
+    for layer in range(checkpoint.num_sites):
         layout = random_layout(
-            checkpoint.intermediate_size,
+            checkpoint.neurons(layer),
             shared=shared,
             experts=experts,
             top_k=top_k,
@@ -154,7 +154,7 @@ def write_converted(
     shapes = shapes_of(checkpoint, conversions, compensations)
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
     write_shards(folder, parts, limit, lambda _name: None)
-    config = converted_config(checkpoint.config, shapes, {"seed": 0})
+    config = converted_config(checkpoint.config, checkpoint.layer_shapes(shapes), {"seed": 0})
     config.dtype = dtype
     config.save_pretrained(folder)
     return folder
