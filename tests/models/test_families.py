@@ -11,14 +11,20 @@ import torch
 import transformers
 from tiny_models import TINY, TINY_MOE, model_type, tiny_config, tiny_model
 from torch.nn import functional
-from transformers import AutoConfig, Gemma3Config, GPT2Config
+from transformers import Gemma3Config, GPT2Config
 from transformers.activations import ACT2FN
 
 from weaver.algorithms.glu import ACTIVATIONS
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
-from weaver.models.families import ACTIVATION_NAMES, FAMILIES, MOE_FAMILIES, activation_name, find_family
+from weaver.models.families import (
+    ACTIVATION_NAMES,
+    FAMILIES,
+    MOE_FAMILIES,
+    activation_name,
+    find_family,
+)
 
 
 def test_every_row_has_a_tiny_config() -> None:

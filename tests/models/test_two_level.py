@@ -200,7 +200,9 @@ def test_an_expert_that_the_checkpoint_lacks(open_tiny: OpenTiny) -> None:
     lost = [name for name in tensors if ".1.mlp.experts.3." in name]
     assert len(lost) == 3
     save_file({k: v for k, v in tensors.items() if k not in lost}, path, {"format": "pt"})
-    with pytest.raises(WeaverError, match=r"'model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight'"):
+    with pytest.raises(
+        WeaverError, match=r"'model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight'"
+    ):
         Checkpoint(ModelConfig(path=str(path.parent)))
 
 
@@ -210,7 +212,9 @@ def test_heads_that_predict_further_tokens_are_left_out(open_tiny: OpenTiny) -> 
     extra = {"model.layers.2.mlp.gate.weight": torch.ones(4, 32)}
     save_file(load_file(path) | extra, path, {"format": "pt"})
     reopened = Checkpoint(checkpoint.model)
-    assert reopened.total_parameters() == parameters == sum(
-        p.numel() for p in tiny_model("glm4_moe").parameters()
+    assert (
+        reopened.total_parameters()
+        == parameters
+        == sum(p.numel() for p in tiny_model("glm4_moe").parameters())
     )
     assert not any(name.startswith("model.layers.2.") for name in reopened.names())

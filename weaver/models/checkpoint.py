@@ -103,7 +103,9 @@ class Checkpoint(TensorFiles):
 
     def dense_ffns(self) -> list[DenseFfn]:
         """Every FFN before the conversion, with the share of the tokens that reach it."""
-        return [DenseFfn(self.dense_shape(site.number), self.ffns.share(site)) for site in self.sites]
+        return [
+            DenseFfn(self.dense_shape(site.number), self.ffns.share(site)) for site in self.sites
+        ]
 
     def outer_flops(self) -> int:
         """FLOPs per token of the routers that a MoE model has: 2 per entry of their matrices."""
@@ -118,9 +120,7 @@ class Checkpoint(TensorFiles):
 
     def layer_shapes(self, shapes: Sequence[LayerShape]) -> list[AnyShape]:
         """Shapes of the converted layers, from those of the converted FFNs."""
-        layers = {layer: self.ffns.outer(layer) for layer in self.ffns.inner_layers}
-        outer = {layer: shape for layer, shape in layers.items() if shape is not None}
-        return layer_shapes(self.sites, shapes, outer)
+        return layer_shapes(self.sites, shapes, self.ffns.outer)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -149,9 +149,7 @@ class Checkpoint(TensorFiles):
         layer, _, inside = name.removeprefix(prefix).partition(".")
         ffn, _, rest = inside.partition(".")
         return (
-            name.startswith(prefix)
-            and ffn == self.family.ffn
-            and self.ffns.owns(int(layer), rest)
+            name.startswith(prefix) and ffn == self.family.ffn and self.ffns.owns(int(layer), rest)
         )
 
     def cast(self, name: str, dtype: torch.dtype) -> Tensor:

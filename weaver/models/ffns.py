@@ -1,8 +1,9 @@
-"""Where a checkpoint keeps its FFNs: one per layer, one per expert, or rows that weaver permuted."""
+"""Where a checkpoint keeps its FFNs: per layer, per expert, or as rows that weaver permuted."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
@@ -61,16 +62,11 @@ class Ffns(ABC):
         """Whether a MoE layer has a shared expert."""
 
     @abstractmethod
-    def experts_per_token(self, layer: int) -> int:
-        """Routed experts of a MoE layer that a token uses; for a threshold their intended mean."""
-
     def share(self, site: Site) -> float:
-        """Share of the tokens that reach an FFN, for an expert that at equal load: K / E."""
-        if site.expert is None:
-            return 1.0
-        experts = self.num_experts(site.layer)
-        assert experts is not None
-        return self.experts_per_token(site.layer) / experts
+        """Share of the tokens that reach an FFN, for an expert that at equal load: K / E.
+
+        Where the outer level selects by a threshold, K is the intended mean.
+        """
 
     @abstractmethod
     def weights(self, site: Site) -> GluWeights:
@@ -84,9 +80,10 @@ class Ffns(ABC):
     def owns(self, layer: int, name: str) -> bool:
         """Whether a tensor, by its name inside the FFN of a layer, belongs to one of the sites."""
 
+    @property
     @abstractmethod
-    def outer(self, layer: int) -> LayerShape | None:
-        """Shape of the outer level of a layer, where weaver made it."""
+    def outer(self) -> Mapping[int, LayerShape]:
+        """Shapes of the outer levels that weaver made, by layer."""
 
     @abstractmethod
     def gate_name(self, site: Site) -> str:
@@ -123,10 +120,13 @@ class StockFfns(Ffns):
         return self._experts[layer]
 
     def has_shared(self, layer: int) -> bool:
-        return self.source.has(f"{self.prefix(layer)}{self.family.shared}.{self.family.gate}.weight")
+        return self.source.has(
+            f"{self.prefix(layer)}{self.family.shared}.{self.family.gate}.weight"
+        )
 
-    def experts_per_token(self, layer: int) -> int:
-        return int(self.source.config.num_experts_per_tok)
+    def share(self, site: Site) -> float:
+        experts = None if site.expert is None else self.num_experts(site.layer)
+        return int(self.source.config.num_experts_per_tok) / experts if experts else 1.0
 
     def weights(self, site: Site) -> GluWeights:
         gate_FD, gate_bias = self._projection(site, self.family.gate)
@@ -161,11 +161,12 @@ class StockFfns(Ffns):
         return self._shapes[key]
 
     def owns(self, layer: int, name: str) -> bool:
-        inner = name.split(".")[0] in ("experts", self.family.shared)
+        inner = name.split(".", maxsplit=1)[0] in ("experts", self.family.shared)
         return inner or layer not in self.inner_layers
 
-    def outer(self, layer: int) -> LayerShape | None:
-        return None
+    @property
+    def outer(self) -> Mapping[int, LayerShape]:
+        return {}
 
     def gate_name(self, site: Site) -> str:
         return f"{site_prefix(self.family, site)}{self.family.gate}.weight"
@@ -196,8 +197,9 @@ class SplitFfns(Ffns):
     def has_shared(self, layer: int) -> bool:
         return self._shapes[layer].num_shared_neurons > 0
 
-    def experts_per_token(self, layer: int) -> int:
-        return self._shapes[layer].num_experts_per_tok
+    def share(self, site: Site) -> float:
+        shape = self._shapes[site.layer]
+        return 1.0 if site.expert is None else shape.num_experts_per_tok / shape.n_routed_experts
 
     def weights(self, site: Site) -> GluWeights:
         shape, prefix = self._shapes[site.layer], self.prefix(site.layer)
@@ -239,8 +241,9 @@ class SplitFfns(Ffns):
         outer = name.startswith("router.") or name == "output_bias"
         return not outer or layer not in self.inner_layers
 
-    def outer(self, layer: int) -> LayerShape | None:
-        return self._shapes[layer] if layer in self.inner_layers else None
+    @property
+    def outer(self) -> Mapping[int, LayerShape]:
+        return {layer: self._shapes[layer] for layer in self.inner_layers}
 
     def gate_name(self, site: Site) -> str:
         return f"{self.prefix(site.layer)}gate_weight"

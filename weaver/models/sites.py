@@ -38,7 +38,7 @@ class Site:
 
     @property
     def part(self) -> str | None:
-        """"expert 3" or "shared expert"; None for the whole FFN of a layer."""
+        """ "expert 3" or "shared expert"; None for the whole FFN of a layer."""
         if self.expert is not None:
             return f"expert {self.expert}"
         return "shared expert" if self.shared else None

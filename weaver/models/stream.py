@@ -131,7 +131,7 @@ def routing_tap(checkpoint: Checkpoint, layer: int, observer: RoutingObserver) -
 
 
 def _outer(checkpoint: Checkpoint, layer: int) -> TwoLevelFeedForward | None:
-    shape = checkpoint.ffns.outer(layer)
+    shape = checkpoint.ffns.outer.get(layer)
     if shape is None:
         return None
     with torch.device("meta"):
