@@ -21,7 +21,10 @@ from conversions import convert, set_words, weaver
 from weaver.report.tables import markdown_table
 
 DATA = "[multitask_calib/open.jsonl, domains]"
-CALIBRATE = (f"calibrate.data={DATA}", "calibrate.tokens=16384")
+CALIBRATE = (
+    *(f"calibrate.data={DATA}", "calibrate.tokens=16384"),
+    "calibrate.input_sample_mb=256",  # as weave wants it: all methods share one calibration
+)
 EVAL = (
     *("eval.data=[wikitext2/wiki.test.rebuilt.raw]", "eval.windows=8"),
     "eval.sequence_length=1024",

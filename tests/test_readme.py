@@ -14,7 +14,7 @@ from weaver.cli.app import app
 from weaver.export.registry import NAMES
 from weaver.methods.registry import METHODS
 from weaver.methods.routers import ROUTERS
-from weaver.models.families import FAMILIES
+from weaver.models.families import ALL_FAMILIES
 from weaver.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def test_the_table_of_presets_is_the_registry() -> None:
 
 def test_the_table_of_families_is_the_registry() -> None:
     assert [row[:2] for row in table("`model_type`")] == [
-        [family.model_type, family.causal_lm] for family in FAMILIES.values()
+        [family.model_type, family.causal_lm] for family in ALL_FAMILIES.values()
     ]
 
 

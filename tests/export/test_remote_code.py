@@ -189,7 +189,7 @@ def test_what_is_added_to_a_folder(tmp_path: Path) -> None:
         assert now == files
 
 
-@pytest.mark.parametrize("found", ["llama", "weaver_mixtral", "weaver_weaver_llama", None])
+@pytest.mark.parametrize("found", ["llama", "weaver_gpt2", "weaver_weaver_llama", None])
 def test_a_model_of_another_type(tmp_path: Path, found: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": found}))
     with pytest.raises(WeaverError, match=f"model_type '{found}' needs no code of weaver's"):

@@ -22,7 +22,7 @@ from tiny_conversions import (
 from tiny_models import TINY
 
 from weaver.artifacts.types import ROUTER_KINDS, Compensation, Router, RouterKind
-from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.models.accounting import DenseFfn, LayerShape, ModelAccount
 
 # D = 4: S = 2 shared neurons, E = 3 experts of N = 5, K = 1.
 SHAPE = LayerShape(2, 3, 5, 1, "linear")
@@ -229,3 +229,34 @@ def test_experts_that_are_summed() -> None:
     assert one.sums_experts
     assert not replace(one, routed_scaling=2.0).sums_experts
     assert LayerShape(8).sums_experts
+
+
+def test_experts_before_the_conversion_count_with_their_share_of_the_tokens() -> None:
+    """A dense layer of 6 neurons, and two experts of 4 of which a token uses one: by hand, D = 2.
+
+    A row is 3 * 2 parameters. The experts become 2 shared neurons and one of two routed ones,
+    behind a router of 2 rows.
+    """
+    split = LayerShape(2, 2, 1, 1, "linear")
+    account = ModelAccount(
+        2,
+        6,
+        1000,
+        [LayerShape(6), split, split],
+        sites=[DenseFfn(LayerShape(6)), *[DenseFfn(LayerShape(4), 0.5)] * 2],
+        outer_flops=8,
+    )
+    router = 2 * 2 + 2
+    outside = 1000 - 6 * (6 + 4 + 4)
+    assert account.total_parameters == 1000 + 2 * router
+    assert account.dense_active_parameters == outside + 6 * (6 + 4)
+    assert account.active_parameters == outside + 6 * (6 + 3) + router
+    assert account.dense_ffn_flops == 8 + 12 * (6 + 4)
+    assert account.ffn_flops == 8 + 12 * (6 + 3) + 4 * 2
+    assert account.ffn_sparsity == pytest.approx(1 - 9 / 10)
+    assert account.speed_bound == account.dense_active_parameters / account.active_parameters
+    # Only the second expert was reached, by every token, and selected both routed ones.
+    measured = account.measured_ffn_flops({2: 2.0}, {1: 0.0, 2: 1.0})
+    assert measured == 8 + 12 * (6 + 4) + 4 * 2
+    with pytest.raises(KeyError):
+        account.measured_ffn_flops({2: 2.0})

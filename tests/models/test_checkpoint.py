@@ -220,7 +220,7 @@ def test_a_checkpoint_without_the_ffn(open_tiny: OpenTiny) -> None:
 
 def test_a_tensor_that_is_not_there(open_tiny: OpenTiny) -> None:
     with pytest.raises(WeaverError, match=r"holds no tensor 'model\.layers\.3\.mlp\.gate_proj"):
-        open_tiny("llama").ffn(3, torch.float32)
+        open_tiny("llama").tensor("model.layers.3.mlp.gate_proj.weight")
 
 
 def test_quantised_weights(open_tiny: OpenTiny) -> None:

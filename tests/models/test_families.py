@@ -9,20 +9,27 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import TINY, model_type, tiny_config, tiny_model
+from tiny_models import TINY, TINY_MOE, model_type, tiny_config, tiny_model
 from torch.nn import functional
-from transformers import AutoConfig, Gemma3Config, GPT2Config
+from transformers import Gemma3Config, GPT2Config
 from transformers.activations import ACT2FN
 
 from weaver.algorithms.glu import ACTIVATIONS
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
-from weaver.models.families import ACTIVATION_NAMES, FAMILIES, activation_name, find_family
+from weaver.models.families import (
+    ACTIVATION_NAMES,
+    FAMILIES,
+    MOE_FAMILIES,
+    activation_name,
+    find_family,
+)
 
 
 def test_every_row_has_a_tiny_config() -> None:
     assert {model_type(variant) for variant in TINY} == set(FAMILIES)
+    assert list(TINY_MOE) == list(MOE_FAMILIES)
 
 
 @pytest.mark.parametrize("variant", TINY)
@@ -98,19 +105,12 @@ def test_a_type_that_transformers_does_not_know_either(tmp_path: Path) -> None:
         open_config(tmp_path, {"model_type": "llama9"})
 
 
-def test_a_converted_model(tmp_path: Path) -> None:
-    with pytest.raises(WeaverError, match="'weaver_llama' is converted already"):
-        open_config(tmp_path, {"model_type": "weaver_llama"})
+def test_a_model_of_two_levels(tmp_path: Path) -> None:
+    with pytest.raises(WeaverError, match="'weaver_mixtral' has experts that are split already"):
+        open_config(tmp_path, {"model_type": "weaver_mixtral"})
 
 
-def test_a_converted_model_where_nothing_is_registered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The ``weaver`` command does not register the converted types before it opens a model."""
-
-    def unknown(*_args: object, **_options: object) -> None:
-        raise ValueError("transformers does not recognize this architecture")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", unknown)
-    with pytest.raises(WeaverError, match="'weaver_llama' is converted already"):
-        open_config(tmp_path, {"model_type": "weaver_llama"})
+def test_a_converted_model_that_was_converted_again(tmp_path: Path) -> None:
+    layers: list[dict[str, object]] = [{"experts": [], "shared": None, "outer": None}]
+    with pytest.raises(WeaverError, match="has experts that are split already"):
+        open_config(tmp_path, {"model_type": "weaver_llama", "weaver": {"layers": layers}})

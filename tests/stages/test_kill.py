@@ -6,12 +6,15 @@ millisecond: while it is stopped, the test looks at the files and kills it or le
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from byte_tokenizer import byte_tokenizer
@@ -170,3 +173,40 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_the_finished_layers(
     assert rerun.exitcode == 0, (tmp_path / "log").read_text()
     assert layers.items() <= file_times(run_dir).items()
     assert stage_digests(run_dir) == undisturbed
+
+
+def test_killed_between_the_experts_of_a_layer(tmp_path: Path) -> None:
+    """An expert that was written stays; the rest of its layer is made from the same inputs."""
+    changes: dict[str, Any] = {"num_experts": 8, "intermediate_size": 128, "num_hidden_layers": 1}
+    save_tiny_model("olmoe", tmp_path / "model", byte_tokenizer(), **changes)
+    values = run_values(
+        tmp_path / "model",
+        calibrate={"tokens": 8192, "sequence_length": 128},
+        partition={"method": "cmoe", "sequential": True},
+    )
+    config = write_config(tmp_path / "run.yaml", values)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def start(run_dir: Path) -> multiprocessing.process.BaseProcess:
+        return fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
+
+    experts: dict[str, int] = {}
+    for stage in ("calibrate", "partition"):
+        process = start(killed)
+        assert process.pid is not None
+        moment = partial(_written(stage, "layer_002.safetensors"), killed)
+        _stop_at(process.pid, process.is_alive, moment, signal.SIGKILL)
+        process.join(DEADLINE_SECONDS)
+        experts |= {
+            name: written
+            for name, written in file_times(killed).items()
+            if name in {f"{stage}/layer_{number:03d}.safetensors" for number in range(3)}
+        }
+        assert not (killed / stage / "layer_007.safetensors").exists()
+    assert len(experts) == 6
+    for run_dir in (killed, whole):
+        process = start(run_dir)
+        process.join(DEADLINE_SECONDS)
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert experts.items() <= file_times(killed).items()
+    assert stage_digests(killed) == stage_digests(whole)

@@ -146,12 +146,12 @@ def random_conversions(
     weighting: Weighting = "unit",
     routed_scaling: float = 1.0,
 ) -> list[Conversion]:
-    """A different layout and router for every layer."""
+    """A different layout and router for every layer, or every expert of a MoE model."""
     conversions: list[Conversion] = []
     combined: dict[str, Any] = {"weighting": weighting, "routed_scaling": routed_scaling}
-    for layer in range(checkpoint.num_layers):
+    for layer in range(checkpoint.num_sites):
         layout = random_layout(
-            checkpoint.intermediate_size,
+            checkpoint.neurons(layer),
             shared=shared,
             experts=experts,
             top_k=top_k,
@@ -229,7 +229,7 @@ def write_converted(
     shapes = shapes_of(checkpoint, conversions, compensations)
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
     write_shards(folder, parts, limit, lambda _name: None)
-    config = converted_config(checkpoint.config, shapes, {"seed": 0})
+    config = converted_config(checkpoint.config, checkpoint.layer_shapes(shapes), {"seed": 0})
     config.dtype = dtype
     config.save_pretrained(folder)
     return folder

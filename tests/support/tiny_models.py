@@ -1,4 +1,4 @@
-"""One tiny random dense model per family, with everything about the family that can go wrong.
+"""One tiny random model per family, with everything about the family that can go wrong.
 
 Four query heads share two key-value heads, sliding windows are shorter than the test windows, and
 every parameter is random: a norm left at one or a bias left at zero would hide a mistake.
@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from weaver.models.families import FAMILIES
+from weaver.models.families import ALL_FAMILIES
 
 PAD_ID = 258
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_LAYERS, VOCABULARY = 32, 48, 3, 260
@@ -53,6 +53,48 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": SLIDING_WINDOW},
 }
 
+# Models that are Mixtures of Experts already: two layers, four experts, two of them a token.
+NUM_EXPERTS, EXPERT_SIZE = 4, 24
+_EXPERTS: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+}
+TINY_MOE: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        **_EXPERTS,
+        "num_experts": NUM_EXPERTS,
+        "moe_intermediate_size": EXPERT_SIZE,
+        "shared_expert_intermediate_size": 40,
+    },
+    # Its first layer is dense, of 48 neurons.
+    "qwen3_moe": {
+        **_EXPERTS,
+        "num_experts": NUM_EXPERTS,
+        "moe_intermediate_size": EXPERT_SIZE,
+        "head_dim": 8,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+    "mixtral": {**_EXPERTS, "num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_SIZE},
+    "olmoe": {**_EXPERTS, "num_experts": NUM_EXPERTS, "intermediate_size": EXPERT_SIZE},
+    # As above; experts in two groups, of which a token uses one.
+    "glm4_moe": {
+        **_EXPERTS,
+        "n_routed_experts": NUM_EXPERTS,
+        "moe_intermediate_size": EXPERT_SIZE,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "head_dim": 16,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 1.5,
+        "num_mtp_layers": 0,
+    },
+}
+
 
 def model_type(variant: str) -> str:
     """The family of a variant."""
@@ -61,22 +103,29 @@ def model_type(variant: str) -> str:
 
 def tiny_config(variant: str, **changes: Any) -> PreTrainedConfig:
     """Configuration of a variant."""
-    model_class = getattr(transformers, FAMILIES[model_type(variant)].causal_lm)
-    config: PreTrainedConfig = model_class.config_class(**(_COMMON | TINY[variant] | changes))
+    model_class = getattr(transformers, ALL_FAMILIES[model_type(variant)].causal_lm)
+    config: PreTrainedConfig = model_class.config_class(
+        **(_COMMON | (TINY | TINY_MOE)[variant] | changes)
+    )
     return config
 
 
 def tiny_model(variant: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of a variant, in float32 and evaluation mode."""
     config = tiny_config(variant, **changes)
-    model: PreTrainedModel = getattr(transformers, FAMILIES[model_type(variant)].causal_lm)(config)
+    model: PreTrainedModel = getattr(transformers, ALL_FAMILIES[model_type(variant)].causal_lm)(
+        config
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             # Matrices keep their input's scale, so that no layer drowns or drowns out the others.
-            scale = 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            scale = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             noise = scale * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter + noise if _is_norm(name) else noise)
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.eval()
     return model
 
@@ -92,7 +141,7 @@ def save_tiny_model(
     """Write a tiny model with its tokenizer as a folder.
 
     Args:
-        variant: a key of ``TINY``.
+        variant: a key of ``TINY`` or ``TINY_MOE``.
         folder: where to.
         tokenizer: the tokenizer, of at most ``VOCABULARY`` tokens.
         dtype: dtype of the stored weights.
@@ -114,6 +163,10 @@ def random_ids(windows: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Token ids without special tokens, (W, T)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (windows, length), generator=generator)
+
+
+def _causal_lm(variant: str) -> Any:
+    return getattr(transformers, ALL_FAMILIES[model_type(variant)].causal_lm)
 
 
 def _is_norm(name: str) -> bool:

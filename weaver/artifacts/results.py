@@ -211,6 +211,8 @@ class EvalResult(Record):
         ffn_sparsity: 1 - active FFN neurons / dense FFN neurons, over all layers; for a threshold
             at the mean that the router is set to, like ``active_parameters``.
         dense_parameters: parameters of the dense model.
+        dense_active_parameters: those that one token uses: all, unless the model had experts
+            before; None in results that are older than this field.
         total_parameters: parameters of the converted model.
         active_parameters: parameters of the converted model that one token uses.
         windows: the values the means above were taken over.
@@ -231,6 +233,7 @@ class EvalResult(Record):
     sequence_length: int = Field(gt=1)
     ffn_sparsity: float = Field(ge=0.0, lt=1.0)
     dense_parameters: int = Field(gt=0)
+    dense_active_parameters: int | None = None
     total_parameters: int = Field(gt=0)
     active_parameters: int = Field(gt=0)
     windows: WindowValues

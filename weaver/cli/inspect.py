@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from weaver.cli.levels import show_levels
 from weaver.cli.session import console
 from weaver.cli.show import show_states
 
@@ -22,6 +23,7 @@ def inspect(
 
     states = inspect_run(run_dir, verify=verify)
     show_states(console, states)
+    show_levels(console, states)
     if any(state.state == "damaged" for state in states):
         raise typer.Exit(1)
 

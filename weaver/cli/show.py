@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from weaver.cli.levels import by_level
 from weaver.report.affinity_table import affinity_experts, affinity_table
 from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import (
@@ -50,8 +51,11 @@ def show_manifest(console: Console, stage: str, manifest: StageManifest, folder:
 
 
 def _show_calibrate(console: Console, summary: dict[str, Any]) -> None:
+    sites = summary.get("sites")
+    ffns = f"FFNs of up to {summary['intermediate_size']} neurons" if sites else "layers"
+    size = "" if sites else f", {summary['intermediate_size']} neurons each"
     console.print(
-        f"  {summary['num_layers']} layers, {summary['intermediate_size']} neurons each; "
+        f"  {len(sites or []) or summary['num_layers']} {ffns}{size}; "
         f"{summary['tokens']} tokens in {summary['samples']} samples of "
         f"{len(summary['groups'])} groups"
     )
@@ -74,7 +78,7 @@ def _show_partition(console: Console, summary: dict[str, Any]) -> None:
             format_percent(row["sparsity"]),
             *(format_ratio(row["predicted_speedups"][tokens]) for tokens in speeds),
         )
-        for row in summary["layers"]
+        for row in by_level(summary["layers"])
     ]
     console.print(console_table(f"{summary['method']} (scope: ffn)", headers, rows))
     if "affinity" in summary:
@@ -95,12 +99,18 @@ def _show_router(console: Console, summary: dict[str, Any]) -> None:
             format_percent(row["captured_contribution"]),
             format_number(row["load_cv"]),
         )
-        for row in summary["layers"]
+        for row in by_level(summary["layers"])
     ]
     console.print(console_table(f"router {summary['router']}", headers, rows))
 
 
 def _show_assemble(console: Console, summary: dict[str, Any]) -> None:
+    before = summary.get("dense_active_parameters", summary["dense_parameters"])
+    if before < summary["dense_parameters"]:
+        console.print(
+            f"  before: {format_count(before)} of {format_count(summary['dense_parameters'])} "
+            "parameters active"
+        )
     console.print(
         f"  {format_count(summary['active_parameters'])} of "
         f"{format_count(summary['total_parameters'])} parameters active, FFN sparsity "
@@ -298,7 +308,7 @@ def show_results(console: Console, run_dir: Path, *, finetuned: bool) -> None:
         ("top-1 agreement", "100%", format_percent(quality["top1_agreement"])),
         (
             "active parameters",
-            format_count(quality["dense_parameters"]),
+            format_count(quality.get("dense_active_parameters") or quality["dense_parameters"]),
             format_count(quality["active_parameters"]),
         ),
         ("FFN FLOPs per token, measured", format_count(flops[0]), format_count(flops[1])),

@@ -24,6 +24,20 @@ def stock_target(name: str) -> Target:
     return TARGETS["glm4-moe" if name == GGUF else name]
 
 
+def obstacles(name: str, checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obstacle]:
+    """What a stock target cannot hold of a model, with weights of a dtype."""
+    if checkpoint.two_level:
+        return [_TWO_LEVELS]
+    return stock_target(name).obstacles(checkpoint, dtype)
+
+
+_TWO_LEVELS = Obstacle(
+    "experts inside experts",
+    "a layer of a stock architecture has one router",
+    f"--to {OWN}",
+)
+
+
 def choose(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> tuple[str, str]:
     """The best target that holds a model exactly, with weights of a dtype, and why.
 
@@ -31,8 +45,8 @@ def choose(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> tuple[str, st
         Name of the target and the reason, one sentence.
     """
     reasons: list[str] = []
-    for name, target in TARGETS.items():
-        found = target.obstacles(checkpoint, dtype)
+    for name in TARGETS:
+        found = obstacles(name, checkpoint, dtype)
         if not found:
             before = f"; {'; '.join(reasons)}" if reasons else ""
             return name, f"{name} holds the model exactly and runs without weaver{before}"

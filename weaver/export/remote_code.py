@@ -6,7 +6,7 @@ from pathlib import Path
 
 from weaver.artifacts.store import read_json, write_json, write_text
 from weaver.errors import WeaverError
-from weaver.models.families import FAMILIES
+from weaver.models.families import ALL_FAMILIES
 from weaver.models.hf import CONVERTED
 
 SOURCE = Path(__file__).parent / "remote" / "modeling_weaver.py"
@@ -29,7 +29,7 @@ def add_remote_code(folder: Path) -> None:
     path = folder / "config.json"
     values = read_json(path, rebuild="weaver export RUN --to weaver --out DIR --remote-code")
     model_type = str(values.get("model_type"))
-    family = FAMILIES.get(model_type.removeprefix("weaver_"))
+    family = ALL_FAMILIES.get(model_type.removeprefix("weaver_"))
     if family is None or family.converted_model_type != model_type:
         raise WeaverError(
             f"{path}: model_type {model_type!r} needs no code of weaver's",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -168,15 +168,36 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class DenseFfn:
+    """One FFN before the conversion.
+
+    Args:
+        shape: size and biases, all neurons shared.
+        token_share: share of the tokens that reach it: 1, or for an expert of a model that is a
+            Mixture of Experts already what it has at equal load, K / E of that level.
+    """
+
+    shape: LayerShape
+    token_share: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelAccount:
     """What a conversion costs and saves, for the whole model.
 
+    Sums over FFNs are weighted by ``DenseFfn.token_share``, so that what a token uses of two levels
+    of experts is the outer K times what it uses of one of their FFNs. Routers and shared experts
+    that the model had before count on both sides.
+
     Args:
         hidden_size: D.
-        intermediate_size: F of the dense model.
+        intermediate_size: F of the dense model; of its largest FFN, if it had experts before.
         total_dense_parameters: all parameters of the dense model, tied embeddings counted once.
-        layers: shape of every converted layer.
+        layers: shape of every converted FFN; one per layer, unless the model had experts before.
         dense_gate_bias, dense_up_bias, dense_output_bias: biases the dense FFN itself has.
+        sites: every FFN before the conversion; none for a dense model, whose layers are all of
+            ``intermediate_size`` and see every token.
+        outer_flops: FLOPs per token of the routers that the model had before.
     """
 
     hidden_size: int
@@ -186,6 +207,8 @@ class ModelAccount:
     dense_gate_bias: bool = False
     dense_up_bias: bool = False
     dense_output_bias: bool = False
+    sites: Sequence[DenseFfn] = ()
+    outer_flops: int = 0
 
     @property
     def dense_layer(self) -> LayerShape:
@@ -197,15 +220,30 @@ class ModelAccount:
             output_bias=self.dense_output_bias,
         )
 
-    def _converted(self, *, active: bool) -> int:
-        dense = self.dense_layer.parameters(self.hidden_size, active=False)
-        ffn = sum(layer.parameters(self.hidden_size, active=active) for layer in self.layers)
-        return self.total_dense_parameters - len(self.layers) * dense + ffn
+    @property
+    def dense(self) -> Sequence[DenseFfn]:
+        """Every FFN before the conversion."""
+        return self.sites or [DenseFfn(self.dense_layer)] * len(self.layers)
+
+    def _weighted(self, value: Callable[[LayerShape], float], *, converted: bool) -> float:
+        """Sum of a value over the FFNs, by the share of the tokens that reach them."""
+        return sum(
+            dense.token_share * value(layer if converted else dense.shape)
+            for layer, dense in zip(self.layers, self.dense, strict=True)
+        )
+
+    @property
+    def _outside(self) -> int:
+        """Parameters outside the FFNs."""
+        stored = sum(ffn.shape.parameters(self.hidden_size, active=False) for ffn in self.dense)
+        return self.total_dense_parameters - stored
 
     @property
     def total_parameters(self) -> int:
         """Parameters of the converted model."""
-        return self._converted(active=False)
+        return self._outside + sum(
+            layer.parameters(self.hidden_size, active=False) for layer in self.layers
+        )
 
     @property
     def active_parameters(self) -> int:
@@ -213,44 +251,66 @@ class ModelAccount:
 
         At every layer's K, which for a threshold is the intended mean.
         """
-        return self._converted(active=True)
+        return self._outside + round(self._weighted(self._read, converted=True))
+
+    @property
+    def dense_active_parameters(self) -> int:
+        """Parameters of the dense model that one token uses: all, unless it had experts before."""
+        return self._outside + round(self._weighted(self._read, converted=False))
+
+    def _read(self, shape: LayerShape) -> int:
+        return shape.parameters(self.hidden_size, active=True)
 
     @property
     def dense_ffn_flops(self) -> int:
         """FFN FLOPs per token of the dense model."""
-        return len(self.layers) * self.dense_layer.flops(self.hidden_size)
+        return self.outer_flops + round(self._weighted(self._flops, converted=False))
 
     @property
     def ffn_flops(self) -> int:
-        """FFN FLOPs per token of the converted model, router included, at every layer's K."""
-        return sum(layer.flops(self.hidden_size) for layer in self.layers)
+        """FFN FLOPs per token of the converted model, routers included, at every layer's K."""
+        return self.outer_flops + round(self._weighted(self._flops, converted=True))
 
-    def measured_ffn_flops(self, mean_experts: Mapping[int, float]) -> int:
+    def _flops(self, shape: LayerShape) -> int:
+        return shape.flops(self.hidden_size)
+
+    def measured_ffn_flops(
+        self, mean_experts: Mapping[int, float], token_shares: Mapping[int, float] | None = None
+    ) -> int:
         """``ffn_flops`` at the numbers of experts that were counted on some text.
 
         Args:
-            mean_experts: mean number of selected experts per token, by the index of the layer;
-                one value for every layer with routed experts.
+            mean_experts: mean number of selected experts per token, by the number of the FFN; one
+                value for every FFN with routed experts that a token reached.
+            token_shares: share of the tokens that reached an FFN, by its number; where it is not
+                given, as intended.
 
         Raises:
-            KeyError: a layer with routed experts has no value.
+            KeyError: an FFN with routed experts has no value, though tokens reached it.
         """
-        return sum(
-            layer.flops(self.hidden_size, mean_experts[index] if layer.n_routed_experts else None)
-            for index, layer in enumerate(self.layers)
+        shares = dict(enumerate(ffn.token_share for ffn in self.dense)) | dict(token_shares or {})
+        return self.outer_flops + round(
+            sum(
+                shares[site]
+                * layer.flops(
+                    self.hidden_size, mean_experts[site] if layer.n_routed_experts else None
+                )
+                for site, layer in enumerate(self.layers)
+                if shares[site]
+            )
         )
 
     @property
     def ffn_sparsity(self) -> float:
-        """1 - active neurons / dense neurons, over all layers, at every layer's K."""
-        active = sum(layer.active_neurons for layer in self.layers)
-        return 1.0 - active / (len(self.layers) * self.intermediate_size)
+        """1 - active neurons / dense neurons that a token would use, at every layer's K."""
+        active = self._weighted(lambda shape: shape.active_neurons, converted=True)
+        return 1.0 - active / self._weighted(lambda shape: shape.active_neurons, converted=False)
 
     @property
     def speed_bound(self) -> float:
-        """Ceiling of the speed-up: dense parameters over active parameters per token.
+        """Ceiling of the speed-up: parameters that a token uses, dense over converted.
 
         Embedding rows are looked up, not multiplied, so an untied embedding table counts on both
         sides and makes this bound slightly too low; a tied one is read by the output head.
         """
-        return self.total_dense_parameters / self.active_parameters
+        return self.dense_active_parameters / self.active_parameters

@@ -15,9 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Router
 from weaver.models.accounting import LayerShape
-from weaver.models.families import FAMILIES, Family, activation_name
+from weaver.models.families import ALL_FAMILIES, CONVERTED_PREFIX, Family, activation_name
 from weaver.models.hf import register
 from weaver.models.locate import weight_files
+from weaver.models.sites import TwoLevelShape, read_shape, site_shapes
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,19 @@ class ConvertedCheckpoint:
 
     Args:
         folder: as ``assemble`` or ``finetune`` wrote it.
+
+    ``shapes`` holds one shape per FFN: a layer's, or with ``two_level`` those of its experts.
     """
 
     def __init__(self, folder: Path) -> None:
         register()
         self.folder = folder
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-        self.family: Family = FAMILIES[self.config.model_type.removeprefix("weaver_")]
-        self.shapes = [LayerShape(**entry) for entry in self.config.weaver["layers"]]
+        self.family: Family = ALL_FAMILIES[self.config.model_type.removeprefix(CONVERTED_PREFIX)]
+        layers = [read_shape(entry) for entry in self.config.weaver["layers"]]
+        self.num_layers = len(layers)
+        self.two_level = any(isinstance(layer, TwoLevelShape) for layer in layers)
+        self.shapes = site_shapes(layers)
         self._files = dict(self._entries())
 
     @property
@@ -58,14 +64,11 @@ class ConvertedCheckpoint:
         hf_name = getattr(self.config, self.family.activation_field)
         return activation_name(hf_name, model=str(self.folder))
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.shapes)
-
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are stored in."""
-        return self.tensor(f"{self._ffn_prefix(0)}gate_weight").dtype
+        name = next(name for name in self.names() if name.endswith(".gate_weight"))
+        return self.tensor(name).dtype
 
     def names(self) -> list[str]:
         """Every tensor of the checkpoint."""
@@ -102,6 +105,7 @@ class ConvertedCheckpoint:
 
     def layer(self, layer: int) -> ConvertedLayer:
         """The FFN of one layer, in the dtype it is stored in."""
+        assert not self.two_level, "a layer of two levels has many"
         prefix = self._ffn_prefix(layer)
         state = {
             name.removeprefix(prefix): self.tensor(name)

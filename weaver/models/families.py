@@ -24,6 +24,9 @@ class Family:
         layers: path of the decoder layers.
         ffn: name of the FFN inside a decoder layer.
         down: name of the down projection.
+        shared: of a MoE layer, the name of the model's own shared expert, if it has one. The routed
+            experts are called ``experts`` in every family.
+        renames: parts of tensor names on disk, and what the modules in memory call them.
     """
 
     model_type: str
@@ -34,6 +37,8 @@ class Family:
     layers: str = "model.layers"
     ffn: str = "mlp"
     down: str = "down_proj"
+    shared: str = "shared"
+    renames: tuple[tuple[str, str], ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -43,7 +48,7 @@ class Family:
     @property
     def converted_model_type(self) -> str:
         """``model_type`` of the converted model."""
-        return f"weaver_{self.model_type}"
+        return f"{CONVERTED_PREFIX}{self.model_type}"
 
 
 FAMILIES: dict[str, Family] = {
@@ -61,6 +66,29 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Decoders whose layers are Mixtures of Experts, all of them or some: each expert is a GLU FFN.
+MOE_FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("qwen2_moe", "Qwen2MoeForCausalLM", shared="shared_expert"),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM"),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            renames=(
+                (".block_sparse_moe.", ".mlp."),
+                (".w1.", ".gate_proj."),
+                (".w3.", ".up_proj."),
+                (".w2.", ".down_proj."),
+            ),
+        ),
+        Family("olmoe", "OlmoeForCausalLM"),
+        Family("glm4_moe", "Glm4MoeForCausalLM", shared="shared_experts"),
+    )
+}
+ALL_FAMILIES: dict[str, Family] = FAMILIES | MOE_FAMILIES
+CONVERTED_PREFIX = "weaver_"
+
 # Names of transformers' activations, and what weaver.algorithms.glu calls the same function.
 ACTIVATION_NAMES: dict[str, str] = {
     "silu": "silu",
@@ -73,25 +101,32 @@ ACTIVATION_NAMES: dict[str, str] = {
 
 
 def find_family(model_type: str, *, model: str) -> Family:
-    """The row of a model type.
+    """The row of a model type; that of a converted model is the row it was converted from.
 
     Raises:
-        WeaverError: the type has no row: it is converted already, multimodal, not a GLU, or new.
+        WeaverError: the type has no row: it is multimodal, not a GLU, or new; or its experts are
+            split already.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if model_type.startswith("weaver_"):
-        raise WeaverError(
-            f"{model}: model_type {model_type!r} is converted already",
-            why="weaver starts from a dense model",
-            fix="pass the dense model that this one was made from (see its README.md)",
-        )
+    stock_type = model_type.removeprefix(CONVERTED_PREFIX)
+    if stock_type in MOE_FAMILIES and stock_type != model_type:
+        raise twice_split(f"{model}: model_type {model_type!r}")
+    if stock_type in ALL_FAMILIES:
+        return ALL_FAMILIES[stock_type]
     raise WeaverError(
         f"{model}: model_type {model_type!r} is not in the family table",
-        why=f"weaver looked for one of {', '.join(FAMILIES)}: decoders whose FFN is "
-        "down(act(gate(x)) * up(x))",
+        why=f"weaver looked for one of {', '.join(ALL_FAMILIES)}: decoders whose FFN, or every "
+        "expert of it, is down(act(gate(x)) * up(x))",
         fix="for another GLU decoder add a row to weaver/models/families.py "
         "(CONTRIBUTING.md, 'Add a model family')",
+    )
+
+
+def twice_split(what: str) -> WeaverError:
+    """The error for a model with experts inside experts."""
+    return WeaverError(
+        f"{what} has experts that are split already",
+        why="weaver makes two levels of experts, not three",
+        fix="pass the model that this one was made from (see its README.md)",
     )
 
 

@@ -7,6 +7,7 @@ replaced, so attention, caches, ``generate``, padding, device maps and saving ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from weaver.models.accounting import LayerShape
-from weaver.models.families import FAMILIES, Family, activation_name
-from weaver.models.moe import MoEFeedForward
+from weaver.models.families import ALL_FAMILIES, CONVERTED_PREFIX, Family, activation_name
+from weaver.models.sites import AnyShape, read_shape
+from weaver.models.two_level import converted_module, place
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ConvertedClasses:
 def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:
     """Put a ``MoEFeedForward`` in place of every FFN, shaped as ``config.weaver`` says.
 
+    In the place of an expert, where the model is a Mixture of Experts already.
+
     Args:
         model: a causal LM or its backbone.
         family: names of its parts.
@@ -47,12 +50,11 @@ def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfi
     layers = model.base_model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     for layer, entry in zip(layers, config.weaver["layers"], strict=True):
-        setattr(
+        shape = read_shape(entry)
+        place(
             layer,
-            family.ffn,
-            MoEFeedForward(
-                LayerShape(**entry), config.hidden_size, activation, std=config.initializer_range
-            ),
+            family,
+            converted_module(shape, config.hidden_size, activation, std=config.initializer_range),
         )
 
 
@@ -66,6 +68,7 @@ def _converted_classes(family: Family) -> ConvertedClasses:
         model_type = family.converted_model_type
         # The converted FFN has no gate_proj, up_proj or down_proj to shard by name.
         base_model_tp_plan = None
+        base_model_ep_plan = None
 
         def __post_init__(self, **values: Any) -> None:
             # These classes need no remote code and save none: the entry would point to no file.
@@ -104,19 +107,43 @@ def _publish(cls: type, base: type) -> None:
 
 
 CONVERTED: dict[str, ConvertedClasses] = {
-    family.model_type: _converted_classes(family) for family in FAMILIES.values()
+    family.model_type: _converted_classes(family) for family in ALL_FAMILIES.values()
 }
 
 
+def model_classes(config: PreTrainedConfig) -> ConvertedClasses:
+    """The converted classes of a configuration's family, converted itself or not."""
+    return CONVERTED[config.model_type.removeprefix(CONVERTED_PREFIX)]
+
+
+def model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:
+    """The causal LM of a configuration."""
+    if config.model_type.startswith(CONVERTED_PREFIX):
+        return model_classes(config).causal_lm
+    found: type[PreTrainedModel] = getattr(transformers, family.causal_lm)
+    return found
+
+
 def converted_config(
-    dense: PreTrainedConfig, layers: list[LayerShape], recipe: dict[str, Any]
+    dense: PreTrainedConfig, layers: Sequence[AnyShape], recipe: dict[str, Any]
 ) -> PreTrainedConfig:
-    """Config of the converted model: the dense one plus ``weaver: {layers, recipe}``."""
-    classes = CONVERTED[dense.model_type]
+    """Config of the converted model: the dense one plus ``weaver: {layers, recipe}``.
+
+    Where weaver made the model that is converted, its recipe stays as ``outer_recipe``.
+
+    Args:
+        dense: configuration of the model that was converted.
+        layers: shape of every converted layer.
+        recipe: the resolved configuration of every stage.
+    """
+    classes = model_classes(dense)
     values = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "quantization_config"):
         values.pop(key, None)
+    before = values.get("weaver")
     values["weaver"] = {"layers": [layer.to_dict() for layer in layers], "recipe": recipe}
+    if before is not None:
+        values["weaver"]["outer_recipe"] = before["recipe"]
     return classes.config(**values, architectures=[classes.causal_lm.__name__])
 
 

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights, glu_forward
 from weaver.artifacts.store import disk_errors
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.hf import model_class
+from weaver.models.sites import Site
+from weaver.models.two_level import (
+    ExpertList,
+    InnerFfns,
+    RoutingObserver,
+    TwoLevelFeedForward,
+    place,
+)
 
 # Tokens run through a layer at once: large enough for full GEMM speed, small enough that the
 # (tokens, F) activations of a 14k-neuron FFN stay under 250 MB in float32.
@@ -80,6 +88,56 @@ class InputTap(nn.Module):
         return hidden_states
 
 
+def _without_ffns(ffn: nn.Module) -> nn.Module:
+    """What stands in the place of some FFNs while the rest of a layer is loaded."""
+    if not isinstance(ffn, InnerFfns):
+        return nn.Identity()
+    shared = None if ffn.shared is None else nn.Identity()
+    return InnerFfns(ExpertList([]), shared, ffn.outer)
+
+
+def layer_ffns(
+    checkpoint: Checkpoint,
+    layer: int,
+    make: Callable[[Site], nn.Module],
+    observer: RoutingObserver | None = None,
+) -> nn.Module:
+    """FFN modules of one layer, for ``DecoderStream.run``.
+
+    Args:
+        checkpoint: the model.
+        layer: index of the layer.
+        make: builds the module of a site.
+        observer: told what reaches the experts of a MoE layer.
+    """
+    sites = checkpoint.layer_sites(layer)
+    if not sites[0].is_inner:
+        return make(sites[0])
+    shared = [make(site) for site in sites if site.shared]
+    return InnerFfns(
+        ExpertList([make(site) for site in sites if not site.shared], observer),
+        shared[0] if shared else None,
+        _outer(checkpoint, layer),
+    )
+
+
+def routing_tap(checkpoint: Checkpoint, layer: int, observer: RoutingObserver) -> InnerFfns:
+    """The FFNs of a MoE layer that compute nothing: ``InputTap`` for what reaches its experts."""
+    sites = checkpoint.layer_sites(layer)
+    experts = sum(not site.shared for site in sites)
+    shared = nn.Identity() if experts < len(sites) else None
+    tap = ExpertList([], observer, num_experts=experts)
+    return InnerFfns(tap, shared, _outer(checkpoint, layer))
+
+
+def _outer(checkpoint: Checkpoint, layer: int) -> TwoLevelFeedForward | None:
+    shape = checkpoint.ffns.outer.get(layer)
+    if shape is None:
+        return None
+    with torch.device("meta"):
+        return TwoLevelFeedForward(shape, checkpoint.hidden_size, checkpoint.activation)
+
+
 class DecoderStream:
     """A decoder whose layers are materialised one by one.
 
@@ -96,9 +154,9 @@ class DecoderStream:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.input_ids_WT = input_ids_WT
-        model_class = getattr(transformers, checkpoint.family.causal_lm)
+        causal_lm = model_class(checkpoint.config, checkpoint.family)
         with init_empty_weights(include_buffers=False):
-            self._skeleton: nn.Module = model_class(checkpoint.config).eval()
+            self._skeleton: nn.Module = causal_lm(checkpoint.config).eval()
         path, _, name = checkpoint.family.layers.rpartition(".")
         self._backbone = self._skeleton.get_submodule(path)
         self._layers: nn.ModuleList = getattr(self._backbone, name)
@@ -134,15 +192,19 @@ class DecoderStream:
 
         Args:
             layer: index of the layer.
-            ffn: the FFN to use: ``DenseFfn`` or ``MoEFeedForward``.
+            ffn: the FFN to use: ``DenseFfn`` or ``MoEFeedForward``; for a MoE layer ``InnerFfns``.
             hidden_WTD: inputs of the layer; with ``write``, replaced by its outputs.
             write: False to only let the FFN observe its inputs.
         """
+        family = self.checkpoint.family
         module = copy.deepcopy(self._layers[layer])
-        setattr(module, self.checkpoint.family.ffn, nn.Identity())
-        state = self.checkpoint.layer_state(layer, self.dtype)
-        module.load_state_dict(state, assign=True)
-        setattr(module, self.checkpoint.family.ffn, ffn)
+        # Without the FFNs first: what is left has to be in the checkpoint, all of it.
+        place(module, family, _without_ffns(ffn))
+        module.load_state_dict(self.checkpoint.layer_state(layer, self.dtype), assign=True)
+        if isinstance(ffn, InnerFfns):
+            place(module, family, InnerFfns(ffn.experts, ffn.shared))
+        else:
+            place(module, family, ffn)
         module.eval()
         step = max(1, BATCH_TOKENS // hidden_WTD.shape[1])
         for start in range(0, hidden_WTD.shape[0], step):

@@ -14,7 +14,9 @@ from weaver.artifacts.store import check_tensors_file, write_json, write_model_s
 from weaver.errors import WeaverError
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.ffns import site_prefix
 from weaver.models.moe import MoEFeedForward
+from weaver.models.tensors import stored_dtype
 
 INDEX_FILE = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -115,13 +117,13 @@ def converted_parts(
     Args:
         checkpoint: the dense model.
         shapes: shape of every converted FFN.
-        ffn_tensors: state dict of the converted FFN of a layer, in ``dtype``.
-        dtype: dtype of every written tensor.
+        ffn_tensors: state dict of a converted FFN, by its number, in ``dtype``.
+        dtype: dtype of every written tensor, except of those that the family keeps in float32.
     """
     parts = [_outer_part(checkpoint, dtype)]
     parts += [
-        _layer_part(checkpoint, layer, shape, ffn_tensors, dtype)
-        for layer, shape in enumerate(shapes)
+        _layer_part(checkpoint, layer, shapes, ffn_tensors, dtype)
+        for layer in range(checkpoint.num_layers)
     ]
     return parts
 
@@ -132,32 +134,42 @@ def _outer_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
         names = [name for name in names if name != "lm_head.weight"]
     return Part(
         _sizes(checkpoint, names, dtype),
-        lambda: {name: checkpoint.tensor(name).to(dtype) for name in names},
+        lambda: {name: checkpoint.cast(name, dtype) for name in names},
     )
 
 
 def _layer_part(
     checkpoint: Checkpoint,
     layer: int,
-    shape: LayerShape,
+    shapes: Sequence[LayerShape],
     ffn_tensors: Callable[[int], dict[str, Tensor]],
     dtype: torch.dtype,
 ) -> Part:
     kept = [name for name in checkpoint.layer_names(layer) if not checkpoint.is_ffn(name)]
-    prefix = f"{checkpoint.layer_prefix(layer)}{checkpoint.family.ffn}."
-    with torch.device("meta"):
-        module = MoEFeedForward(shape, checkpoint.hidden_size, checkpoint.activation)
-    sizes = {
-        f"{prefix}{name}": tensor.numel() * dtype.itemsize
-        for name, tensor in module.state_dict().items()
-    }
+    sites = checkpoint.layer_sites(layer)
+    sizes: dict[str, int] = {}
+    for site in sites:
+        with torch.device("meta"):
+            module = MoEFeedForward(
+                shapes[site.number], checkpoint.hidden_size, checkpoint.activation
+            )
+        sizes |= {
+            f"{site_prefix(checkpoint.family, site)}{name}": tensor.numel() * dtype.itemsize
+            for name, tensor in module.state_dict().items()
+        }
 
     def load() -> dict[str, Tensor]:
-        tensors = {name: checkpoint.tensor(name).to(dtype) for name in kept}
-        return tensors | {f"{prefix}{k}": v for k, v in ffn_tensors(layer).items()}
+        tensors = {name: checkpoint.cast(name, dtype) for name in kept}
+        for site in sites:
+            prefix = site_prefix(checkpoint.family, site)
+            tensors |= {f"{prefix}{k}": v for k, v in ffn_tensors(site.number).items()}
+        return tensors
 
     return Part(_sizes(checkpoint, kept, dtype) | sizes, load)
 
 
 def _sizes(checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype) -> dict[str, int]:
-    return {name: math.prod(checkpoint.shape(name)) * dtype.itemsize for name in names}
+    return {
+        name: math.prod(checkpoint.shape(name)) * stored_dtype(name, dtype).itemsize
+        for name in names
+    }

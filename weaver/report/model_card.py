@@ -24,6 +24,8 @@ class LayerFacts:
         expert_width: N, neurons per routed expert.
         top_k: K, routed experts per token; for a threshold the mean that the router is set to.
         selection: how a token's experts are chosen.
+        token_share: share of the tokens that reach the FFN, below 1 for an expert of a model that
+            was a Mixture of Experts before.
     """
 
     intermediate_size: int
@@ -32,6 +34,7 @@ class LayerFacts:
     expert_width: int
     top_k: int
     selection: Selection = "top-k"
+    token_share: float = 1.0
 
     @property
     def shared_share(self) -> float:
@@ -55,7 +58,7 @@ class ModelCardFacts:
         method: partition method.
         method_source: arXiv id or where the method comes from.
         router: kind of router; None for a static method.
-        layers: layout of every layer, in order.
+        layers: layout of every layer, in order; of every FFN, where ``two_level``.
         total_parameters: parameters of the converted model.
         active_parameters: parameters that one token uses.
         dense_parameters: parameters of the dense model.
@@ -67,6 +70,7 @@ class ModelCardFacts:
         results: measured values by name, such as ``{"perplexity": "24.1 (dense 20.1)"}``.
         loading: how to load it; by default as a model of weaver's own type.
         notes: limitations of this copy of the model.
+        two_level: whether the model was a Mixture of Experts before, and its experts were split.
     """
 
     name: str
@@ -86,13 +90,14 @@ class ModelCardFacts:
     results: dict[str, str] = field(default_factory=dict)
     loading: str | None = None
     notes: Sequence[str] = ()
+    two_level: bool = False
 
     @property
     def ffn_sparsity(self) -> float:
-        """1 - active FFN neurons / FFN neurons, over all layers."""
-        neurons = sum(layer.intermediate_size for layer in self.layers)
-        active = sum(layer.active_share * layer.intermediate_size for layer in self.layers)
-        return 1 - active / neurons
+        """1 - active FFN neurons / those that a token used before, over all layers."""
+        neurons = [layer.token_share * layer.intermediate_size for layer in self.layers]
+        active = [n * layer.active_share for n, layer in zip(neurons, self.layers, strict=True)]
+        return 1 - sum(active) / sum(neurons)
 
 
 def model_card(facts: ModelCardFacts) -> str:
@@ -160,10 +165,15 @@ def _summary(facts: ModelCardFacts) -> str:
     ]
     return (
         f"A {'static pruning' if facts.router is None else 'Mixture-of-Experts conversion'} of "
-        f"{facts.base_model}: every feed-forward layer is split into neurons that all tokens use"
+        f"{facts.base_model}: {_EVERY_FFN if facts.two_level else 'every feed-forward layer'} is "
+        "split into neurons that all tokens use"
         f"{'' if facts.router is None else ' and experts that a router chooses per token'}.\n\n"
         + markdown_table(("", "value"), rows)
     )
+
+
+# The routers that the model had before stay.
+_EVERY_FFN = "every expert, and every other feed-forward layer,"
 
 
 def _layout(facts: ModelCardFacts) -> str:
@@ -183,7 +193,16 @@ def _layout(facts: ModelCardFacts) -> str:
             )
         )
         first = last + 1
-    headers = ("layers", "neurons", "shared", "shared share", "experts", "top-k", "active share")
+    # FFNs are counted through the model, those of a layer one after the other.
+    headers = (
+        "FFNs" if facts.two_level else "layers",
+        "neurons",
+        "shared",
+        "shared share",
+        "experts",
+        "top-k",
+        "active share",
+    )
     return markdown_table(headers, rows)
 
 

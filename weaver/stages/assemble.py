@@ -75,17 +75,17 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
         return run.skipped()
     run.begin()
     routers = context.folder("build-router")
-    layouts = [partition.layout(layer) for layer in range(checkpoint.num_layers)]
+    layouts = [partition.layout(site) for site in range(checkpoint.num_sites)]
 
-    def ffn_tensors(layer: int) -> dict[str, Tensor]:
+    def ffn_tensors(site: int) -> dict[str, Tensor]:
         return converted_tensors(
-            checkpoint.ffn(layer, dtype),
-            layouts[layer],
-            read_router(routers, layer, layouts[layer]),
-            read_compensation(routers, layer),
+            checkpoint.ffn(site, dtype),
+            layouts[site],
+            read_router(routers, site, layouts[site]),
+            read_compensation(routers, site),
         )
 
-    shapes = [_shape(checkpoint, routers, layer, layout) for layer, layout in enumerate(layouts)]
+    shapes = [_shape(checkpoint, routers, site, layout) for site, layout in enumerate(layouts)]
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
     with context.progress(STAGE, len(plan_shards(parts, limit))) as advance:
         write_shards(run.folder, parts, limit, advance)
@@ -100,15 +100,15 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     return run.finish({**_summary(account, partition), "smoke_test": tested})
 
 
-def _shape(checkpoint: Checkpoint, routers: Path, layer: int, layout: ExpertLayout) -> LayerShape:
-    biases = checkpoint.ffn_biases
+def _shape(checkpoint: Checkpoint, routers: Path, site: int, layout: ExpertLayout) -> LayerShape:
+    dense = checkpoint.dense_shape(site)
     return LayerShape.of(
         layout,
-        read_router(routers, layer, layout),
-        read_compensation(routers, layer),
-        gate_bias=biases.gate,
-        up_bias=biases.up,
-        output_bias=biases.output,
+        read_router(routers, site, layout),
+        read_compensation(routers, site),
+        gate_bias=dense.gate_bias,
+        up_bias=dense.up_bias,
+        output_bias=dense.output_bias,
     )
 
 
@@ -145,7 +145,7 @@ def _write_companions(
     dtype: str,
     recipe: dict[str, Any],
 ) -> None:
-    config = converted_config(checkpoint.config, shapes, recipe)
+    config = converted_config(checkpoint.config, checkpoint.layer_shapes(shapes), recipe)
     config.dtype = getattr(torch, dtype)
     config.save_pretrained(folder)
     for name in COMPANIONS:
@@ -157,6 +157,7 @@ def _summary(account: ModelAccount, partition: Partition) -> dict[str, Any]:
     return {
         "predicted_kl": partition.manifest.summary.get("predicted_kl"),
         "dense_parameters": account.total_dense_parameters,
+        "dense_active_parameters": account.dense_active_parameters,
         "total_parameters": account.total_parameters,
         "active_parameters": account.active_parameters,
         "dense_ffn_flops": account.dense_ffn_flops,

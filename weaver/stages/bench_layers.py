@@ -109,9 +109,16 @@ def bench_run(
             random router of the same shape.
 
     Raises:
-        WeaverError: no finished conversion, no such layer, or a layer without routed experts.
+        WeaverError: no finished conversion, no such layer, a layer without routed experts, or a
+            model whose layers hold many FFNs.
     """
     converted = open_converted(context)
+    if converted.dense.is_moe:
+        raise WeaverError(
+            f"bench --level {level} of a model with two levels of experts",
+            why="a layer is many FFNs there, each with tokens of its own",
+            fix="leave --level out, or give a size with --hidden-size and --intermediate-size",
+        )
     shapes, dtype = converted.shapes(), converted.dtype(config.dtype)
     chosen = list(layers) or [len(shapes) // 2]
     for layer in chosen:

@@ -11,10 +11,12 @@ import torch
 
 from weaver.algorithms.energy import centred_energy
 from weaver.artifacts.store import read_json, write_json
+from weaver.errors import WeaverError
 from weaver.methods.allocation import adaptive_active_neurons
 from weaver.methods.budget import ErrorCurve, allocate_slices
 from weaver.methods.registry import get_router
 from weaver.models.accounting import LayerShape
+from weaver.models.checkpoint import Checkpoint
 from weaver.stages.runner import StageContext
 from weaver.stages.splitter import LayerSplitter
 from weaver.stages.trials import Trial, try_layers
@@ -55,10 +57,14 @@ def allocate(context: StageContext, folder: Path, splitter: LayerSplitter) -> Bu
         context: progress, seed.
         folder: of the partition stage; what ``fisher`` found is kept there.
         splitter: method and configuration.
+
+    Raises:
+        WeaverError: another allocation than ``uniform`` for a model that has experts already.
     """
     config, checkpoint = splitter.config, splitter.checkpoint
     if config.allocation == "uniform":
-        return Budget([splitter.uniform_neurons] * checkpoint.num_layers)
+        return Budget([splitter.uniform(site) for site in range(checkpoint.num_sites)])
+    refuse_experts(checkpoint, f"--allocation {config.allocation}", "--allocation uniform")
     if config.allocation == "adaptive":
         scores = [
             centred_energy(
@@ -76,6 +82,21 @@ def allocate(context: StageContext, folder: Path, splitter: LayerSplitter) -> Bu
         write_json(path, _divided(curves, slices, config.sparsity, splitter.uniform_neurons))
     found = read_json(path, rebuild="weaver partition --force")
     return Budget(found["active_neurons"], found["predicted_kl"], found["uniform_kl"])
+
+
+def refuse_experts(checkpoint: Checkpoint, what: str, fix: str) -> None:
+    """Refuse what compares the layers of a dense model with each other.
+
+    Raises:
+        WeaverError: the model is a Mixture of Experts already.
+    """
+    if checkpoint.is_moe:
+        raise WeaverError(
+            f"{what} of a Mixture-of-Experts model",
+            why="it weighs FFNs that are of one size and see the same tokens against each other; "
+            "experts see their own",
+            fix=fix,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``build-router``: router and compensation of every layer."""
+"""``build-router``: router and compensation of every FFN."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIDELITY_TOKENS = 512
 
 
 def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
-    """Write one ``Router`` per layer with routed experts, and the layers' ``Compensation``.
+    """Write one ``Router`` per FFN with routed experts, and the FFNs' ``Compensation``.
 
     Args:
         context: run directory, seed, progress.
@@ -60,15 +60,15 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
             + _differences(partition.propagated, resolved)
         )
     run.begin()
-    layers = partition.calibration.checkpoint.num_layers
-    with context.progress(STAGE, layers) as advance:
-        for layer in range(layers):
-            layout = partition.layout(layer)
-            paths = routed_paths(run.folder, layer, layout, resolved)
+    sites = partition.calibration.checkpoint.sites
+    with context.progress(STAGE, len(sites)) as advance:
+        for site in sites:
+            layout = partition.layout(site.number)
+            paths = routed_paths(run.folder, site.number, layout, resolved)
             if not all(run.has_file(path) for path in paths):
-                routed = _solve(partition, resolved, layer, context)
-                write_routed(run.folder, layer, routed)
-            advance(f"layer {layer}")
+                routed = _solve(partition, resolved, site.number, context)
+                write_routed(run.folder, site.number, routed)
+            advance(f"layer {site.layer}")
     return run.finish(_summary(run, partition, resolved))
 
 
@@ -81,26 +81,27 @@ def _differences(there: RouterConfig, here: RouterConfig) -> str:
 
 
 def _solve(
-    partition: Partition, config: RouterConfig, layer: int, context: StageContext
+    partition: Partition, config: RouterConfig, site: int, context: StageContext
 ) -> RoutedLayer:
-    layout = partition.layout(layer)
+    layout = partition.layout(site)
     if config == partition.propagated and context.seed == partition.manifest.request.seed:
-        return read_routed(partition.folder / ROUTER_FOLDER, layer, layout)
-    weights = partition.calibration.checkpoint.ffn(layer, torch.float32)
-    generator = layer_generator(context.seed, layer)
-    return solve_layer(weights, partition.profile(layer), layout, config, generator)
+        return read_routed(partition.folder / ROUTER_FOLDER, site, layout)
+    weights = partition.calibration.checkpoint.ffn(site, torch.float32)
+    generator = layer_generator(context.seed, site)
+    return solve_layer(weights, partition.profile(site), layout, config, generator)
 
 
 def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> dict[str, Any]:
     rows = []
-    for layer in range(partition.calibration.checkpoint.num_layers):
-        layout = partition.layout(layer)
-        routed = read_routed(run.folder, layer, layout)
+    checkpoint = partition.calibration.checkpoint
+    for site in checkpoint.sites:
+        layout = partition.layout(site.number)
+        routed = read_routed(run.folder, site.number, layout)
         if routed.router is None:
             continue
-        weights = partition.calibration.checkpoint.ffn(layer, torch.float32)
+        weights = checkpoint.ffn(site.number, torch.float32)
         ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
-        x_TD = partition.profile(layer).ffn_inputs_ND[:FIDELITY_TOKENS].float()
+        x_TD = partition.profile(site.number).ffn_inputs_ND[:FIDELITY_TOKENS].float()
         fidelity = asdict(module_fidelity(x_TD, ffn, weights))
-        rows.append({"layer": layer, **{k: round(v, 6) for k, v in fidelity.items()}})
+        rows.append({**site.row(), **{k: round(v, 6) for k, v in fidelity.items()}})
     return {"router": config.kind, "layers": rows}

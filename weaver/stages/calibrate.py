@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import read_record, values_digest, write_record
+from weaver.artifacts.types import LayerProfile
 from weaver.config.sections import CalibrateConfig, ModelConfig
 from weaver.data.grouping import GroupWindows, pack_groups
 from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
-from weaver.models.stream import DecoderStream, DenseFfn
-from weaver.stages.profiling import Profiler, ResumableStream
+from weaver.models.sites import Site
+from weaver.models.stream import DecoderStream, DenseFfn, layer_ffns
+from weaver.models.two_level import RoutingObserver
+from weaver.stages.profiling import ExpertInputs, Profiler, ResumableStream
 from weaver.stages.runner import StageContext, StageRun
 
 TOKENS_FILE = "tokens.safetensors"
@@ -23,7 +30,10 @@ STAGE = "calibrate"
 
 
 def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig) -> StageManifest:
-    """Write one ``LayerProfile`` per layer, and the packed tokens they were made from.
+    """Write one ``LayerProfile`` per FFN, and the packed tokens they were made from.
+
+    Of a dense model these are its layers. In a model that is a Mixture of Experts already every
+    expert is an FFN, profiled on the tokens that its layer's router sends to it.
 
     Args:
         context: run directory, seed, progress.
@@ -36,6 +46,12 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     checkpoint = Checkpoint(model)
     dtype = checkpoint.resolve_dtype(model.dtype)
     _check_markers(config, checkpoint)
+    if config.groups and checkpoint.is_moe:
+        raise WeaverError(
+            "calibrate --groups of a Mixture-of-Experts model",
+            why="an expert sees the tokens that its router sends it, and of some groups none",
+            fix="leave --groups out and use another method than dive",
+        )
     packed, held_out = _pack(context, checkpoint, config)
     identity = checkpoint.identity()
     request = StageRequest(
@@ -58,27 +74,56 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     stream = ResumableStream(
         DecoderStream(checkpoint, dtype, packed.input_ids_WT),
         run.folder,
-        lambda layer: DenseFfn(checkpoint.ffn(layer, dtype)),
+        lambda layer: _dense_ffns(checkpoint, layer, dtype),
     )
     profiler = Profiler(packed, config, dtype, context.seed)
     with context.progress(STAGE, checkpoint.num_layers) as advance:
         for layer in range(checkpoint.num_layers):
-            if not run.has_layer(layer):
+            missing = [s for s in checkpoint.layer_sites(layer) if not run.has_layer(s.number)]
+            if missing:
                 stream.seek(layer)
-                profile = profiler.advance(stream, checkpoint.ffn(layer, dtype))
-                write_record(run.layer_path(layer), profile)
+                for site, profile in _profiles(stream, profiler, layer, missing):
+                    write_record(run.layer_path(site.number), profile)
                 stream.save()
             advance(f"layer {layer}")
     stream.discard()
-    return run.finish(_summary(checkpoint, packed))
+    return run.finish(_summary(checkpoint, packed, run))
+
+
+def _dense_ffns(
+    checkpoint: Checkpoint,
+    layer: int,
+    dtype: torch.dtype,
+    observer: RoutingObserver | None = None,
+) -> nn.Module:
+    def make(site: Site) -> nn.Module:
+        return DenseFfn(checkpoint.ffn(site.number, dtype))
+
+    return layer_ffns(checkpoint, layer, make, observer)
+
+
+def _profiles(
+    stream: ResumableStream, profiler: Profiler, layer: int, missing: list[Site]
+) -> Iterator[tuple[Site, LayerProfile]]:
+    """Profiles of some FFNs of the layer in front of which the stream stands; steps past it."""
+    checkpoint, dtype = stream.stream.checkpoint, profiler.dtype
+    if not missing[0].is_inner:
+        (site,) = missing
+        yield site, profiler.advance(stream, checkpoint.ffn(site.number, dtype))
+        return
+    inputs = ExpertInputs()
+    stream.advance(_dense_ffns(checkpoint, layer, dtype, inputs.add))
+    for site in missing:
+        yield site, profiler.of_site(inputs, site, checkpoint.ffn(site.number, dtype))
 
 
 def _check_markers(config: CalibrateConfig, checkpoint: Checkpoint) -> None:
-    if config.activation_top_k > checkpoint.intermediate_size:
+    neurons = min(checkpoint.neurons(site) for site in range(checkpoint.num_sites))
+    if config.activation_top_k > neurons:
         raise WeaverError(
-            f"activation_top_k={config.activation_top_k} of {checkpoint.intermediate_size} neurons",
+            f"activation_top_k={config.activation_top_k} of {neurons} neurons",
             why="a token marks at most every neuron of the FFN",
-            fix=f"--activation-top-k {min(10, checkpoint.intermediate_size)}",
+            fix=f"--activation-top-k {min(10, neurons)}",
         )
 
 
@@ -122,8 +167,8 @@ def _pack(
     return pack(specs, checkpoint.tokenizer(), **sizes), None
 
 
-def _summary(checkpoint: Checkpoint, packed: PackedTokens) -> dict[str, Any]:
-    return {
+def _summary(checkpoint: Checkpoint, packed: PackedTokens, run: StageRun) -> dict[str, Any]:
+    summary = {
         "num_layers": checkpoint.num_layers,
         "hidden_size": checkpoint.hidden_size,
         "intermediate_size": checkpoint.intermediate_size,
@@ -131,3 +176,13 @@ def _summary(checkpoint: Checkpoint, packed: PackedTokens) -> dict[str, Any]:
         "samples": packed.sample_groups_M.numel(),
         "groups": list(packed.groups),
     }
+    if checkpoint.is_moe:
+        summary["sites"] = [
+            {
+                **site.row(),
+                "neurons": checkpoint.neurons(site.number),
+                "tokens": read_record(run.layer_path(site.number), LayerProfile).tokens,
+            }
+            for site in checkpoint.sites
+        ]
+    return summary

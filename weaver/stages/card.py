@@ -9,7 +9,7 @@ from typing import Any
 from weaver.artifacts.manifest import versions
 from weaver.artifacts.store import write_text
 from weaver.methods.registry import get_method
-from weaver.models.accounting import LayerShape, ModelAccount
+from weaver.models.accounting import DenseFfn, LayerShape, ModelAccount
 from weaver.report.model_card import LayerFacts, ModelCardFacts, model_card
 
 
@@ -41,7 +41,10 @@ def write_card(
         method=spec.name,
         method_source=spec.source,
         router=recipe["router"]["kind"],
-        layers=[_layer_facts(shape, account.intermediate_size) for shape in account.layers],
+        layers=[
+            _layer_facts(shape, dense)
+            for shape, dense in zip(account.layers, account.dense, strict=True)
+        ],
         total_parameters=account.total_parameters,
         active_parameters=account.active_parameters,
         dense_parameters=account.total_dense_parameters,
@@ -50,16 +53,18 @@ def write_card(
         finetune_steps=sum(p["steps"] for p in recipe.get("finetune", {}).get("phases", [])),
         loading=loading,
         notes=notes,
+        two_level=bool(account.sites),
     )
     write_text(folder / "README.md", model_card(facts))
 
 
-def _layer_facts(shape: LayerShape, intermediate_size: int) -> LayerFacts:
+def _layer_facts(shape: LayerShape, dense: DenseFfn) -> LayerFacts:
     return LayerFacts(
-        intermediate_size=intermediate_size,
+        intermediate_size=dense.shape.num_shared_neurons,
         num_shared_neurons=shape.num_shared_neurons,
         num_routed_experts=shape.n_routed_experts,
         expert_width=shape.moe_intermediate_size,
         top_k=shape.num_experts_per_tok,
         selection=shape.selection,
+        token_share=dense.token_share,
     )

@@ -14,6 +14,7 @@ from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import register
 from weaver.models.loading import load_model
+from weaver.models.sites import read_shape, site_shapes
 from weaver.models.writing import INDEX_FILE
 from weaver.stages.finished import parent
 from weaver.stages.parents import open_model
@@ -42,7 +43,7 @@ class ConvertedModel:
         """Shape of every converted FFN, from ``config.json``."""
         register()
         config = AutoConfig.from_pretrained(self.folder)
-        return [LayerShape(**entry) for entry in config.weaver["layers"]]
+        return site_shapes([read_shape(entry) for entry in config.weaver["layers"]])
 
     def account(self) -> ModelAccount:
         """What the conversion costs and saves."""
@@ -94,16 +95,18 @@ def _newest(context: StageContext, *, finetuned: bool) -> tuple[str, Path, Stage
 
 
 def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount:
-    """What a conversion of a dense model into these shapes costs and saves."""
-    biases = checkpoint.ffn_biases
+    """What a conversion of a model into these shapes, one per FFN, costs and saves."""
+    first = checkpoint.dense_shape(0)
     return ModelAccount(
         hidden_size=checkpoint.hidden_size,
         intermediate_size=checkpoint.intermediate_size,
         total_dense_parameters=checkpoint.total_parameters(),
         layers=shapes,
-        dense_gate_bias=biases.gate,
-        dense_up_bias=biases.up,
-        dense_output_bias=biases.output,
+        dense_gate_bias=first.gate_bias,
+        dense_up_bias=first.up_bias,
+        dense_output_bias=first.output_bias,
+        sites=checkpoint.dense_ffns() if checkpoint.is_moe else (),
+        outer_flops=checkpoint.outer_flops(),
     )
 
 

@@ -46,15 +46,22 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     is taken as one in 200 tokens, which sets the size of the per-sample means.
     """
     calibrate = config.calibrate
-    D, F, L = checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.num_layers
+    D, F, last = checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.num_layers - 1
+    # FFNs, counted by their neurons and by the tokens that reach them: for a dense model both are
+    # the number of layers.
+    whole = sum(checkpoint.neurons(site) for site in range(checkpoint.num_sites)) / F
+    reached = sum(ffn.token_share for ffn in checkpoint.dense_ffns())
     itemsize = checkpoint.resolve_dtype(config.model.dtype).itemsize
     parameters = checkpoint.total_parameters()
-    layer = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(0))
+    layer = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(last))
     hidden = min(calibrate.tokens * D * itemsize, SPILL_BYTES)
     batch = min(BATCH_TOKENS, calibrate.tokens) * F * 4 * _OBSERVED_TENSORS
     samples = max(1, calibrate.tokens // 200)
     inputs = min(int(calibrate.input_sample_mb * 1e6), calibrate.tokens * D * itemsize)
-    profile = 2 * samples * F * 4 + calibrate.tokens * calibrate.activation_top_k * 4 + inputs
+    means = 2 * samples * F * 4
+    rows = calibrate.tokens * calibrate.activation_top_k * 4 + inputs
+    # The inputs of a MoE layer are kept until all of its experts are profiled.
+    kept = calibrate.tokens * D * itemsize if checkpoint.is_moe else 0
     spec = get_method(config.partition.method)
     sequential = config.partition.sequential
     copies = 2 if (spec.sequential if sequential is None else sequential) else 1
@@ -63,18 +70,18 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     experts = config.partition.num_experts or spec.num_experts or 0
     solved = D * (F + experts + 1) * 4 if refit else 0
     work = max(batch, _REFIT_TENSORS * F * F * 4 if refit else 0)
-    whole = resolve_options(spec, config.partition.options).experts_per_token
-    if whole is not None:
+    per_token = resolve_options(spec, config.partition.options).experts_per_token
+    converted = parameters
+    if per_token is not None:
         # Prunings of the whole FFN overlap: each is stored in full.
         multiple, sparsity = config.partition.expert_width_multiple, config.partition.sparsity
-        stored = experts * pruned_width(F, whole, multiple, sparsity)
-        converted = parameters + L * (stored - F) * 3 * D
-    else:
-        converted = parameters
+        stored = experts * pruned_width(F, per_token, multiple, sparsity)
+        converted += checkpoint.num_layers * (stored - F) * 3 * D
     eval_itemsize = checkpoint.resolve_dtype(config.eval.dtype).itemsize
     return Estimate(
-        memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + work + profile,
+        memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + work + means + rows + kept,
         eval_memory=(parameters + converted) * eval_itemsize,
-        profile_disk=copies * L * (profile + solved) + calibrate.tokens * D * itemsize,
+        profile_disk=copies * round(whole * (means + solved) + reached * rows)
+        + calibrate.tokens * D * itemsize,
         model_disk=converted * checkpoint.resolve_dtype(config.assemble.dtype).itemsize,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from weaver.evaluation.harness import run_harness
 from weaver.evaluation.perplexity import Comparison, compare
 from weaver.evaluation.tasks import run_task
 from weaver.evaluation.usage import count_usage
+from weaver.models.accounting import ModelAccount
+from weaver.models.ffns import site_prefix
+from weaver.stages.budget import refuse_experts
 from weaver.stages.converted import ConvertedModel, open_converted
 from weaver.stages.router_report import held_out_positions, open_report, router_report
 from weaver.stages.runner import StageContext, StageRun
@@ -58,9 +62,11 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
 
     Raises:
         WeaverError: no finished conversion, no such data, too little text for one window, or too
-            few calibration samples for the router report.
+            few calibration samples for the router report, or one of a model with two levels.
     """
     converted = open_converted(context, finetuned=finetuned)
+    if config.router:
+        refuse_experts(converted.dense, "eval --router", "eval with --no-router")
     tokenizer = converted.dense.tokenizer()
     inputs = _read_inputs(context, config, tokenizer)
     report_inputs = open_report(context) if config.router else None
@@ -95,8 +101,10 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
         name: _run_tasks(context, config, model, tokenizer, files=inputs.task_files, label=name)
         for name, model in (("dense", dense), ("moe", moe))
     }
+    account, used = converted.account(), usage.summary()
+    measured = _measured_flops(converted, account, used, inputs.windows_WT.numel())
     result = _result(
-        request, converted, comparison, usage=usage.summary(), router=report, tasks=tasks
+        request, converted, account, measured, comparison, usage=used, router=report, tasks=tasks
     )
     write_json(run.folder / RESULTS, result.model_dump(mode="json"))
     return run.finish(_summary(result))
@@ -152,17 +160,37 @@ def _run_tasks(
     return results
 
 
+def _measured_flops(
+    converted: ConvertedModel, account: ModelAccount, usage: Sequence[LayerUsage], tokens: int
+) -> int:
+    """FFN FLOPs per token at what was counted on the text.
+
+    Of a MoE model's experts also how many tokens reached them; those that are not routed inside are
+    not counted and stand with the share that is intended.
+    """
+    dense = converted.dense
+    number = {site_prefix(dense.family, site)[:-1]: site.number for site in dense.sites}
+    experts = {number[each.module]: each.experts_per_token for each in usage}
+    shares = {
+        site.number: 0.0
+        for site, shape in zip(dense.sites, account.layers, strict=True)
+        if site.is_inner and shape.n_routed_experts
+    }
+    shares |= {number[each.module]: each.tokens / tokens for each in usage}
+    return account.measured_ffn_flops(experts, shares)
+
+
 def _result(
     request: StageRequest,
     converted: ConvertedModel,
+    account: ModelAccount,
+    measured: int,
     comparison: Comparison,
     *,
     usage: tuple[LayerUsage, ...],
     router: RouterReport | None,
     tasks: dict[str, dict[str, TaskResult]],
 ) -> EvalResult:
-    account = converted.account()
-    measured = account.measured_ffn_flops({each.layer: each.experts_per_token for each in usage})
     return EvalResult(
         dense=ModelQuality(
             perplexity=comparison.dense.perplexity,
@@ -182,6 +210,7 @@ def _result(
         sequence_length=request.config["sequence_length"],
         ffn_sparsity=account.ffn_sparsity,
         dense_parameters=account.total_dense_parameters,
+        dense_active_parameters=account.dense_active_parameters,
         total_parameters=account.total_parameters,
         active_parameters=account.active_parameters,
         windows=WindowValues(

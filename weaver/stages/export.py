@@ -20,10 +20,11 @@ from weaver.export.attention import save_config
 from weaver.export.base import Source, StockModel
 from weaver.export.features import approximated
 from weaver.export.gguf import check_gguf, write_gguf
-from weaver.export.registry import GGUF, NAMES, OWN, check, choose, stock_target
+from weaver.export.registry import GGUF, NAMES, OWN, check, choose, obstacles, stock_target
 from weaver.export.remote_code import add_remote_code
 from weaver.models.checkpoint import DTYPES
 from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+from weaver.models.tensors import stored_dtype
 from weaver.models.writing import Part, parse_size, plan_shards, write_shards
 from weaver.report.loading import gguf_loading, remote_code_loading, stock_loading
 from weaver.stages.card import write_card
@@ -92,7 +93,7 @@ def plan_export(context: StageContext, config: ExportConfig, out: Path | None = 
     if target == GGUF:
         # Its tensors are quantised from float32, whatever the model is stored in.
         dtype = torch.float32
-    found = [] if target == OWN else stock_target(target).obstacles(checkpoint, dtype)
+    found = [] if target == OWN else obstacles(target, checkpoint, dtype)
     approximations = check(target, found, approximate=config.approximate)
     folder = out or context.run_dir / f"{STAGE}-{target}"
     return ExportPlan(converted, checkpoint, target, reason, approximations, folder, config, dtype)
@@ -187,8 +188,9 @@ def _write_own(context: StageContext, plan: ExportPlan) -> tuple[str | None, dic
 
 
 def _copied(checkpoint: ConvertedCheckpoint, names: list[str], dtype: torch.dtype) -> Part:
-    sizes = {name: checkpoint.elements(name) * dtype.itemsize for name in names}
-    return Part(sizes, lambda: {name: checkpoint.tensor(name).to(dtype) for name in names})
+    dtypes = {name: stored_dtype(name, dtype) for name in names}
+    sizes = {name: checkpoint.elements(name) * each.itemsize for name, each in dtypes.items()}
+    return Part(sizes, lambda: {n: checkpoint.tensor(n).to(each) for n, each in dtypes.items()})
 
 
 def _stock_model(context: StageContext, plan: ExportPlan) -> StockModel:

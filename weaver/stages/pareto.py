@@ -16,6 +16,7 @@ from weaver.errors import WeaverError
 from weaver.methods.allocation import active_neurons
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
+from weaver.stages.budget import refuse_experts
 from weaver.stages.converted import account_of
 from weaver.stages.parents import open_calibration
 from weaver.stages.partition import resolve
@@ -69,7 +70,7 @@ def forecast_layouts(
         The layouts by ascending Ne.
     Raises:
         WeaverError: the method is static, there is no finished calibration or only one window of
-            it, unknown method or options, or no layout can be made.
+            it, the model has experts already, unknown method or options, or no layout can be made.
     """
     spec = get_method(config.method)
     if spec.is_static:
@@ -86,6 +87,7 @@ def forecast_layouts(
         )
     options = resolve_options(spec, config.options)
     calibration = open_calibration(calibration_folder or context.folder("calibrate"))
+    refuse_experts(calibration.checkpoint, "--pareto", "leave it out")
     resolved = resolve(config, spec, options)
     assert resolved.num_experts is not None
     found: list[Forecast] = []

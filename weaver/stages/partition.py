@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,21 @@ from torch import nn
 
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
-from weaver.artifacts.types import ExpertLayout
+from weaver.artifacts.types import ExpertLayout, LayerProfile
 from weaver.config.sections import PartitionConfig, RouterConfig
 from weaver.errors import WeaverError
 from weaver.methods.base import GroupOptions, MethodOptions, MethodSpec
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.accounting import LayerShape
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
-from weaver.models.stream import DecoderStream
+from weaver.models.sites import Site
+from weaver.models.stream import DecoderStream, layer_ffns
 from weaver.stages.affinity import affinity_summary, mine_affinity, require_groups
 from weaver.stages.budget import Budget, allocate
 from weaver.stages.calibrate import read_packed_tokens
 from weaver.stages.finished import layer_path
 from weaver.stages.parents import PROFILE_FOLDER, ROUTER_FOLDER, open_calibration
-from weaver.stages.profiling import Profiler, ResumableStream
+from weaver.stages.profiling import ExpertInputs, Profiler, ResumableStream
 from weaver.stages.routing import (
     read_routed,
     require_selection,
@@ -31,7 +33,7 @@ from weaver.stages.routing import (
     write_routed,
 )
 from weaver.stages.runner import StageContext, StageRun
-from weaver.stages.splitter import LayerSplitter
+from weaver.stages.splitter import MIN_EXPERT_TOKENS, LayerSplitter
 
 STAGE = "partition"
 
@@ -39,7 +41,7 @@ STAGE = "partition"
 def partition(
     context: StageContext, config: PartitionConfig, calibration_folder: Path | None = None
 ) -> StageManifest:
-    """Write one ``ExpertLayout`` per layer.
+    """Write one ``ExpertLayout`` per FFN: per layer, or per expert of a MoE model.
 
     One-shot, every layer is split by its profile on the dense model. Sequentially, layer l is
     profiled again on the output of the converted layers before it (CMoE, arXiv:2502.04416): the
@@ -148,15 +150,15 @@ def _check_weighting(
 def _split_one_shot(
     context: StageContext, run: StageRun, splitter: LayerSplitter, budget: Budget
 ) -> None:
-    layers = splitter.checkpoint.num_layers
-    with context.progress(STAGE, layers) as advance:
-        for layer in range(layers):
-            if not run.has_layer(layer):
-                layout = splitter.split(
-                    layer, splitter.calibration.profile(layer), budget.active_neurons[layer]
+    sites = splitter.checkpoint.sites
+    with context.progress(STAGE, len(sites)) as advance:
+        for site in sites:
+            if not run.has_layer(site.number):
+                profile = splitter.calibration.profile(site.number)
+                write_record(
+                    run.layer_path(site.number), _split(context, splitter, site, profile, budget)
                 )
-                write_record(run.layer_path(layer), layout)
-            advance(f"layer {layer}")
+            advance(_note(site))
 
 
 def _split_sequentially(
@@ -165,53 +167,92 @@ def _split_sequentially(
     calibration, checkpoint = splitter.calibration, splitter.checkpoint
     profiles, routers = run.folder / PROFILE_FOLDER, run.folder / ROUTER_FOLDER
 
-    def finished_ffn(layer: int) -> nn.Module:
-        layout = read_record(run.layer_path(layer), ExpertLayout)
-        return splitter.converted_ffn(
-            layer, layout, read_routed(routers, layer, layout), calibration.dtype
-        )
+    def finished_ffn(site: Site) -> nn.Module:
+        layout = read_record(run.layer_path(site.number), ExpertLayout)
+        routed = read_routed(routers, site.number, layout)
+        return splitter.converted_ffn(site.number, layout, routed, calibration.dtype)
+
+    def finished_layer(layer: int) -> nn.Module:
+        return layer_ffns(checkpoint, layer, finished_ffn)
 
     packed = read_packed_tokens(calibration.folder)
     decoder = DecoderStream(checkpoint, calibration.dtype, packed.input_ids_WT)
-    stream = ResumableStream(decoder, run.folder, finished_ffn)
+    stream = ResumableStream(decoder, run.folder, finished_layer)
     profiler = Profiler(
         packed, calibration.config, calibration.dtype, calibration.manifest.request.seed
     )
-    with context.progress(STAGE, checkpoint.num_layers) as advance:
+    with context.progress(STAGE, checkpoint.num_sites) as advance:
         for layer in range(checkpoint.num_layers):
-            if not _has_propagated(run, splitter, layer):
+            sites = checkpoint.layer_sites(layer)
+            missing = [site for site in sites if not _has_propagated(run, splitter, site.number)]
+            if missing:
                 stream.seek(layer)
-                profile = profiler.observe(stream, checkpoint.ffn(layer, calibration.dtype))
-                layout = splitter.split(layer, profile, budget.active_neurons[layer])
-                routed = splitter.route(layer, layout, profile)
-                write_record(layer_path(profiles, layer), profile)
-                write_routed(routers, layer, routed)
-                write_record(run.layer_path(layer), layout)
-                stream.advance(splitter.converted_ffn(layer, layout, routed, calibration.dtype))
+                for site, profile in _observed(stream, profiler, missing):
+                    write_record(layer_path(profiles, site.number), profile)
+                    layout = _split(context, splitter, site, profile, budget)
+                    routed = splitter.route(site.number, layout, profile)
+                    write_routed(routers, site.number, routed)
+                    write_record(run.layer_path(site.number), layout)
+                stream.advance(finished_layer(layer))
                 stream.save()
-            advance(f"layer {layer}")
+            for site in sites:
+                advance(_note(site))
     stream.discard()
 
 
-def _has_propagated(run: StageRun, splitter: LayerSplitter, layer: int) -> bool:
-    """Whether every file of a layer is there that a sequential split writes."""
-    if not run.has_layer(layer):
+def _observed(
+    stream: ResumableStream, profiler: Profiler, missing: list[Site]
+) -> Iterator[tuple[Site, LayerProfile]]:
+    """Profiles of some FFNs of the layer in front of which the stream stands and stays."""
+    checkpoint, dtype = stream.stream.checkpoint, profiler.dtype
+    if not missing[0].is_inner:
+        (site,) = missing
+        yield site, profiler.observe(stream, checkpoint.ffn(site.number, dtype))
+        return
+    inputs = ExpertInputs()
+    stream.observe_routing(inputs.add)
+    for site in missing:
+        yield site, profiler.of_site(inputs, site, checkpoint.ffn(site.number, dtype))
+
+
+def _split(
+    context: StageContext,
+    splitter: LayerSplitter,
+    site: Site,
+    profile: LayerProfile,
+    budget: Budget,
+) -> ExpertLayout:
+    if splitter.stays_dense(site.number, profile):
+        context.say(
+            f"warning: layer {site.layer}, {site.part} stays dense: {profile.tokens} calibration "
+            f"tokens reach it, fewer than {MIN_EXPERT_TOKENS}; calibrate with more --tokens"
+        )
+    return splitter.split(site.number, profile, budget.active_neurons[site.number])
+
+
+def _note(site: Site) -> str:
+    return f"layer {site.layer}" + (f", {site.part}" if site.is_inner else "")
+
+
+def _has_propagated(run: StageRun, splitter: LayerSplitter, site: int) -> bool:
+    """Whether every file of an FFN is there that a sequential split writes."""
+    if not run.has_layer(site):
         return False
     assert splitter.config.propagate is not None
-    layout = read_record(run.layer_path(layer), ExpertLayout)
+    layout = read_record(run.layer_path(site), ExpertLayout)
     paths = [
-        layer_path(run.folder / PROFILE_FOLDER, layer),
-        *routed_paths(run.folder / ROUTER_FOLDER, layer, layout, splitter.config.propagate),
+        layer_path(run.folder / PROFILE_FOLDER, site),
+        *routed_paths(run.folder / ROUTER_FOLDER, site, layout, splitter.config.propagate),
     ]
     return all(run.has_file(path) for path in paths)
 
 
 def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str, Any]:
     checkpoint = splitter.checkpoint
-    sizes = (checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.dtype)
     rows = []
-    for layer in range(checkpoint.num_layers):
-        layout = read_record(run.layer_path(layer), ExpertLayout)
+    for site in checkpoint.sites:
+        layout = read_record(run.layer_path(site.number), ExpertLayout)
+        sizes = (checkpoint.hidden_size, layout.intermediate_size, checkpoint.dtype)
         shape = LayerShape(
             num_shared_neurons=layout.num_shared_neurons,
             n_routed_experts=layout.num_routed_experts,
@@ -220,7 +261,7 @@ def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str
         )
         rows.append(
             {
-                "layer": layer,
+                **site.row(),
                 "shared_neurons": layout.num_shared_neurons,
                 "shared_share": round(layout.num_shared_neurons / layout.intermediate_size, 6),
                 "experts": layout.num_routed_experts,

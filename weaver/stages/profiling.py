@@ -17,7 +17,17 @@ from weaver.artifacts.types import LayerProfile
 from weaver.config.sections import CalibrateConfig
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
-from weaver.models.stream import SPILL_FILE, DecoderStream, DenseFfn, FfnObserver, InputTap
+from weaver.kernels.reference import Routing
+from weaver.models.sites import Site
+from weaver.models.stream import (
+    SPILL_FILE,
+    DecoderStream,
+    DenseFfn,
+    FfnObserver,
+    InputTap,
+    routing_tap,
+)
+from weaver.models.two_level import RoutingObserver
 
 HIDDEN_STATES = "hidden_states.safetensors"
 
@@ -31,7 +41,7 @@ class ResumableStream:
     Args:
         stream: the decoder.
         folder: where the copy lies.
-        ffn: the FFN that carries the hidden states past a finished layer.
+        ffn: the FFN, or the FFNs, that carry the hidden states past a finished layer.
     """
 
     def __init__(
@@ -58,6 +68,11 @@ class ResumableStream:
     def observe(self, observer: FfnObserver) -> None:
         """Show the inputs of the next layer's FFN, but stay in front of the layer."""
         self.stream.run(self.next_layer, InputTap(observer), self.hidden_WTD, write=False)
+
+    def observe_routing(self, observer: RoutingObserver) -> None:
+        """Show what reaches the experts of the next layer, a MoE one; stay in front of it."""
+        tap = routing_tap(self.stream.checkpoint, self.next_layer, observer)
+        self.stream.run(self.next_layer, tap, self.hidden_WTD, write=False)
 
     def save(self) -> None:
         """Write the copy."""
@@ -120,6 +135,42 @@ def group_arguments(
     return {"sample_groups_M": sample_groups_M, "num_groups": len(packed.groups)}
 
 
+class ExpertInputs:
+    """What reaches the FFNs of a MoE layer: all inputs, and the tokens of every expert.
+
+    The inputs of a whole layer are kept, as large as its hidden states, since the statistics of
+    many experts at once would be larger. Tokens are numbered along the stream.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._tokens = 0
+
+    def add(self, x_TD: Tensor, routing: Routing) -> None:
+        """Take the next tokens."""
+        self._inputs.append(x_TD.detach().clone())
+        self._pairs.append((routing.tokens_P + self._tokens, routing.experts_P))
+        self._tokens += x_TD.shape[0]
+
+    def tokens(self, site: Site) -> Tensor:
+        """The tokens that a site sees, ascending; all for a shared expert."""
+        if site.expert is None:
+            return torch.arange(self._tokens)
+        return torch.cat(
+            [tokens_P[experts_P == site.expert] for tokens_P, experts_P in self._pairs]
+        )
+
+    def batches(self, tokens_n: Tensor) -> list[Tensor]:
+        """The inputs of some tokens, ascending, in the batches in which they came."""
+        rows, start = [], 0
+        for x_TD in self._inputs:
+            here_n = tokens_n[(tokens_n >= start) & (tokens_n < start + x_TD.shape[0])]
+            rows.append(x_TD[here_n - start])
+            start += x_TD.shape[0]
+        return rows
+
+
 class Profiler:
     """Makes the ``LayerProfile`` of the layer a stream stands in front of.
 
@@ -145,6 +196,47 @@ class Profiler:
     def advance(self, stream: ResumableStream, weights: GluWeights) -> LayerProfile:
         """Profile the dense layer and step past it in the same pass."""
         return self._profile(weights, lambda show: stream.advance(DenseFfn(weights, show)))
+
+    def of_site(self, inputs: ExpertInputs, site: Site, weights: GluWeights) -> LayerProfile:
+        """Profile of an FFN inside a MoE layer, over the tokens that reach it.
+
+        Every token counts the same, whatever factor the outer router gives to the expert's output.
+        Calibration samples of which no token reaches it are left out; without any token the profile
+        is empty.
+        """
+        tokens_n = inputs.tokens(site)
+        ids_n = self.packed.sample_ids_WT.reshape(-1)[tokens_n]
+        samples_m, own_ids_n = ids_n.unique(return_inverse=True)
+        if not tokens_n.numel():
+            return self._empty(weights)
+        statistics = LayerStatistics(
+            weights,
+            samples_m.numel(),
+            self.config.activation_top_k,
+            kept_positions(
+                tokens_n.numel(), self.config, weights.hidden_size, self.dtype, self.seed
+            ),
+        )
+        seen = 0
+        for x_ND in inputs.batches(tokens_n):
+            if x_ND.shape[0]:
+                statistics.update(x_ND, own_ids_n[seen : seen + x_ND.shape[0]])
+                seen += x_ND.shape[0]
+        return statistics.finish(self.packed.sample_groups_M[samples_m])
+
+    def _empty(self, weights: GluWeights) -> LayerProfile:
+        neurons = weights.intermediate_size
+        return LayerProfile(
+            sample_gate_mean_MF=torch.zeros(0, neurons),
+            sample_gate_abs_mean_MF=torch.zeros(0, neurons),
+            sample_tokens_M=torch.zeros(0, dtype=torch.int64),
+            sample_groups_M=torch.zeros(0, dtype=torch.int64),
+            hidden_mean_F=torch.zeros(neurons),
+            hidden_variance_F=torch.zeros(neurons),
+            marker_neurons_TA=torch.zeros(0, self.config.activation_top_k, dtype=torch.int32),
+            ffn_inputs_ND=torch.zeros(0, weights.hidden_size, dtype=self.dtype),
+            tokens=0,
+        )
 
     def _profile(self, weights: GluWeights, run: Callable[[FfnObserver], None]) -> LayerProfile:
         ids_T = self.packed.sample_ids_WT.reshape(-1)

@@ -1,4 +1,4 @@
-"""One layer of a partition: its problem, its layout, and what carries tokens past it."""
+"""One FFN of a partition: its problem, its layout, and what carries tokens past it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from weaver.models.moe import MoEFeedForward
 from weaver.stages.parents import Calibration
 from weaver.stages.routing import RoutedLayer, solve_layer
 
+# With fewer calibration tokens an expert of a MoE model is not split: co-activations and router
+# would be fitted to noise. It is used rarely, so that little is lost.
+MIN_EXPERT_TOKENS = 128
+
 
 class LayerSplitter:
-    """Poses each layer's problem to the method and solves what propagates it.
+    """Poses each FFN's problem to the method and solves what propagates it.
 
     Args:
         calibration: model and profiles.
@@ -50,53 +54,69 @@ class LayerSplitter:
         self.num_experts = config.num_experts or 0
         # The expert of each calibration group, once it is known, where the method prunes by groups.
         self.group_experts_G: Tensor | None = None
-        neurons, multiple = self.checkpoint.intermediate_size, config.expert_width_multiple
-        whole = options.experts_per_token
-        if whole is not None:
-            _require_experts(self.num_experts, whole)
-            self.width = pruned_width(neurons, whole, multiple, config.sparsity)
-            self.uniform_neurons = whole * self.width
-            return
-        self.width = plan_width(neurons, self.num_experts, multiple) if self.num_experts else 0
-        self.uniform_neurons = active_neurons(
-            neurons, self.num_experts, self.width, config.sparsity
-        )
+        if options.experts_per_token is not None:
+            _require_experts(self.num_experts, options.experts_per_token)
+        sites = range(self.checkpoint.num_sites)
+        self._sizes = {size: self._plan(size) for size in map(self.checkpoint.neurons, sites)}
+        self.width, self.uniform_neurons = self._sizes[self.checkpoint.intermediate_size]
 
-    def split(self, layer: int, profile: LayerProfile, active_neurons: int) -> ExpertLayout:
-        """Layout of one layer; one that keeps all its neurons has nothing to route."""
-        if active_neurons == self.checkpoint.intermediate_size:
-            return dense_layout(active_neurons)
+    def _plan(self, neurons: int) -> tuple[int, int]:
+        """N, and A at the configured sparsity, of an FFN of some neurons."""
+        config, experts = self.config, self.num_experts
+        whole = self.options.experts_per_token
+        if whole is not None:
+            width = pruned_width(neurons, whole, config.expert_width_multiple, config.sparsity)
+            return width, whole * width
+        width = plan_width(neurons, experts, config.expert_width_multiple) if experts else 0
+        return width, active_neurons(neurons, experts, width, config.sparsity)
+
+    def uniform(self, site: int) -> int:
+        """Active neurons of an FFN at the configured sparsity."""
+        return self._sizes[self.checkpoint.neurons(site)][1]
+
+    def stays_dense(self, site: int, profile: LayerProfile) -> bool:
+        """Whether an expert saw too few tokens to be split."""
+        return self.checkpoint.sites[site].is_inner and profile.tokens < MIN_EXPERT_TOKENS
+
+    def split(self, site: int, profile: LayerProfile, active_neurons: int) -> ExpertLayout:
+        """Layout of one FFN; one that keeps all its neurons has nothing to route.
+
+        An expert of a MoE model that saw fewer than ``MIN_EXPERT_TOKENS`` tokens keeps them all.
+        """
+        neurons = self.checkpoint.neurons(site)
+        if active_neurons == neurons or self.stays_dense(site, profile):
+            return dense_layout(neurons)
         problem = LayerProblem(
-            layer=layer,
-            weights=self.checkpoint.ffn(layer, torch.float32),
+            layer=self.checkpoint.sites[site].layer,
+            weights=self.checkpoint.ffn(site, torch.float32),
             profile=profile,
             active_neurons=active_neurons,
             num_experts=self.num_experts,
-            expert_width=self.width,
+            expert_width=self._sizes[neurons][0],
             group_experts_G=self.group_experts_G,
         )
-        layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(layer))
+        layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(site))
         if self.config.weighting == "softmax" and layout.num_routed_experts:
             # K shares of a sum of 1: with equal scores every factor is 1, as without a softmax.
             layout = replace(layout, weighting="softmax", routed_scaling=float(layout.top_k))
         return layout
 
-    def route(self, layer: int, layout: ExpertLayout, profile: LayerProfile) -> RoutedLayer:
-        """Router and compensation of a layer, as its layout's successors see it."""
+    def route(self, site: int, layout: ExpertLayout, profile: LayerProfile) -> RoutedLayer:
+        """Router and compensation of an FFN, as its layout's successors see it."""
         assert self.config.propagate is not None
-        weights = self.checkpoint.ffn(layer, torch.float32)
-        return solve_layer(weights, profile, layout, self.config.propagate, self.generator(layer))
+        weights = self.checkpoint.ffn(site, torch.float32)
+        return solve_layer(weights, profile, layout, self.config.propagate, self.generator(site))
 
     def converted_ffn(
-        self, layer: int, layout: ExpertLayout, routed: RoutedLayer, dtype: torch.dtype
+        self, site: int, layout: ExpertLayout, routed: RoutedLayer, dtype: torch.dtype
     ) -> MoEFeedForward:
-        """The converted FFN of a layer."""
-        weights = self.checkpoint.ffn(layer, dtype)
+        """The converted form of an FFN."""
+        weights = self.checkpoint.ffn(site, dtype)
         return MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
 
-    def generator(self, layer: int) -> torch.Generator:
-        """Randomness of one layer, the same whether or not the layers before it ran now."""
-        return layer_generator(self.seed, layer)
+    def generator(self, site: int) -> torch.Generator:
+        """Randomness of one FFN, the same whether or not those before it ran now."""
+        return layer_generator(self.seed, site)
 
 
 def _require_experts(num_experts: int, top_k: int) -> None:
@@ -108,6 +128,6 @@ def _require_experts(num_experts: int, top_k: int) -> None:
         )
 
 
-def layer_generator(seed: int, layer: int) -> torch.Generator:
-    """A generator that depends on the seed and the layer only."""
-    return torch.Generator().manual_seed(seed * 100_003 + layer)
+def layer_generator(seed: int, site: int) -> torch.Generator:
+    """A generator that depends on the seed and the FFN only."""
+    return torch.Generator().manual_seed(seed * 100_003 + site)

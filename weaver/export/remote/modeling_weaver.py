@@ -1,4 +1,4 @@
-"""A dense language model whose feed-forward layers weaver split into experts, without weaver.
+"""A language model whose feed-forward layers weaver split into experts, without weaver.
 
 This file needs torch and transformers only: ``from_pretrained(..., trust_remote_code=True)`` finds
 it through ``auto_map`` in ``config.json``. It is the plain definition. Where weaver is imported,
@@ -6,7 +6,8 @@ its own classes load the same checkpoint and compute the same with faster kernel
 
 For every family of transformers there are ``Weaver<Family>Config``, ``Weaver<Family>Model`` and
 ``Weaver<Family>ForCausalLM``, made when they are asked for: the family's own classes with other
-feed-forward layers. ``config.weaver["layers"]`` holds the shape of each.
+feed-forward layers. ``config.weaver["layers"]`` holds the shape of each; where the model was a
+Mixture of Experts before, those of its experts, each of which was split.
 
 Shapes: T tokens, D hidden size, S shared neurons, E routed experts, N neurons per expert, F all
 S + E * N neurons, K experts per token.
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+# What these families call the shared expert of a layer.
+SHARED = {"qwen2_moe": "shared_expert", "glm4_moe": "shared_experts"}
 # The others name the activation of their feed-forward layers in ``hidden_act``.
 HIDDEN_ACTIVATION = ("gemma2", "gemma3_text")
 
@@ -180,6 +183,58 @@ class RoutedExperts:
     __call__ = forward
 
 
+class ExpertList(nn.ModuleList):
+    """The experts of a layer of two levels: a feed-forward module each."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``sum_k w_k expert_k(x)`` in the shape of the inputs, summed in at least float32.
+
+        Args:
+            hidden_states: inputs of T tokens, (..., D).
+            top_k_index: expert ids, no id twice for a token; E stands for none, (T, K).
+            top_k_weights: factors of the experts' outputs, (T, K).
+        """
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        total_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        for expert, module in enumerate(self):
+            tokens_P, slots_P = (top_k_index == expert).nonzero(as_tuple=True)
+            if tokens_P.numel():
+                factors_P1 = top_k_weights[tokens_P, slots_P, None].to(total_TD.dtype)
+                out_PD = module(x_TD[tokens_P]).to(total_TD.dtype)
+                total_TD.index_add_(0, tokens_P, out_PD * factors_P1)
+        return total_TD.to(x_TD.dtype).view_as(hidden_states)
+
+
+class TwoLevelFeedForward(nn.Module):
+    """A layer that weaver split twice: ``shared(x) + sum_e w_e expert_e(x) + output_bias``."""
+
+    def __init__(self, shape: dict[str, Any], hidden_size: int, act: nn.Module, std: float) -> None:
+        super().__init__()
+        self.router = Router(shape, hidden_size, act, std)
+        self.output_bias = _zeros(shape.get("output_bias"), hidden_size)
+        self.experts = ExpertList()
+        self.shared: nn.Module | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y_TD: Tensor = self.experts(x_TD, *self.router(x_TD))
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        if self.output_bias is not None:
+            y_TD = y_TD + self.output_bias
+        return y_TD.view_as(hidden_states)
+
+
+def _split_experts(layer: nn.Module, entry: dict[str, Any], shared: str, *rest: Any) -> None:
+    """Put split experts into a layer; ``rest`` is what a feed-forward module takes besides."""
+    if entry["outer"] is not None:
+        layer.mlp = TwoLevelFeedForward(entry["outer"], *rest)
+    block: Any = layer.mlp
+    block.experts = ExpertList([MoEFeedForward(shape, *rest) for shape in entry["experts"]])
+    if entry["shared"] is not None:
+        setattr(block, shared, MoEFeedForward(entry["shared"], *rest))
+
+
 def _is_glu(shape: dict[str, Any]) -> bool:
     return bool(shape["router_kind"] == "glu")
 
@@ -197,6 +252,7 @@ def _config_class(dense: Any) -> type:
         model_type = f"weaver_{dense.model_type}"
         # The feed-forward layers have no gate_proj, up_proj or down_proj to shard by name.
         base_model_tp_plan = None
+        base_model_ep_plan = None
 
     return Config
 
@@ -205,6 +261,8 @@ def _model_class(dense: Any) -> type:
     field = (
         "hidden_activation" if dense.config_class.model_type in HIDDEN_ACTIVATION else "hidden_act"
     )
+
+    shared = SHARED.get(dense.config_class.model_type, "shared")
 
     class Model(dense):  # type: ignore[misc]
         config_class = __getattr__(f"Weaver{dense.config_class.__name__}")
@@ -215,7 +273,10 @@ def _model_class(dense: Any) -> type:
             for layer, shape in zip(layers, shapes, strict=True):
                 act = ACT2FN[getattr(config, field)]
                 std = config.initializer_range
-                layer.mlp = MoEFeedForward(shape, config.hidden_size, act, std)
+                if "experts" in shape:
+                    _split_experts(layer, shape, shared, config.hidden_size, act, std)
+                else:
+                    layer.mlp = MoEFeedForward(shape, config.hidden_size, act, std)
 
     return Model
 
