@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
@@ -18,24 +17,19 @@ from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.data.packing import windows
 from weaver.data.sources import parse_data_spec, read_documents
 from weaver.errors import WeaverError
-from weaver.evaluation.perplexity import compare
 from weaver.kernels.machine import cpu_features
-from weaver.models.loading import load_model
 from weaver.models.writing import Part, parse_size, write_shards
-from weaver.report.tracking import Log, tracking
+from weaver.report.tracking import tracking
 from weaver.stages.card import write_card
 from weaver.stages.converted import ConvertedModel, companions, open_converted
 from weaver.stages.runner import StageContext, StageRun
+from weaver.stages.training_job import CHECKPOINTS, RescuedError, TrainingJob
 from weaver.training.checkpoint import remove_checkpoints
-from weaver.training.guard import Evaluation, Guard, HeldOut
 from weaver.training.loop import DivergedError, TrainingReport
-from weaver.training.loop import finetune as train
 from weaver.training.presets import resolve_phases, resolved_config
-from weaver.training.trainer import StepReport
 from weaver.training.workers import PRECISIONS, Workers
 
 STAGE = "finetune"
-CHECKPOINTS = "checkpoints"
 MODEL = "model"
 
 
@@ -83,7 +77,7 @@ def finetune(
     run = StageRun(context, request, converted.manifest.model, converted.manifest.dtype)
     if run.status == "skip":
         return run.skipped()
-    job = _Job(converted, config, phases, texts, held_out_WT, workers)
+    job = TrainingJob(converted, config, phases, texts, held_out_WT, workers)
     workers.wait()  # until all have seen what is on disk before this run
     if not workers.is_main:
         job.train(context, run.folder, lambda _values, _step: None)
@@ -93,7 +87,7 @@ def finetune(
     try:
         with tracking(report_to, context.run_dir.name, _logs(context), request.config) as log:
             model, report = job.train(context, run.folder, log)
-    except _RescuedError as rescued:
+    except RescuedError as rescued:
         _write_model(converted, rescued.model, run)
         raise _where(rescued.error, run.folder / MODEL) from rescued.error
     _write_model(converted, model, run)
@@ -101,71 +95,6 @@ def finetune(
     manifest = run.finish(_summary(report, phases))
     workers.wait()
     return manifest
-
-
-class _RescuedError(Exception):
-    """A training that diverged, with the model as it was at its best."""
-
-    def __init__(self, model: PreTrainedModel, error: DivergedError) -> None:
-        super().__init__(error.what)
-        self.model = model
-        self.error = error
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A training, the same in every process."""
-
-    converted: ConvertedModel
-    config: FinetuneConfig
-    phases: Sequence[PhaseConfig]
-    texts: Mapping[int, Tensor]
-    held_out_WT: Tensor
-    workers: Workers
-
-    def train(
-        self, context: StageContext, folder: Path, log: Log
-    ) -> tuple[PreTrainedModel, TrainingReport]:
-        """Train, with checkpoints in the stage's folder.
-
-        Raises:
-            _RescuedError: the training has diverged.
-        """
-        device = self.workers.device
-        model = load_model(self.converted.folder, torch.float32)
-        nn.Module.to(model, device)
-        dense = _load_teacher(self.converted, device)
-        with context.progress(STAGE, sum(phase.steps for phase in self.phases)) as advance:
-
-            def on_step(report: StepReport) -> None:
-                advance(_step_line(report))
-                log(_step_values(report), report.step)
-
-            def on_evaluation(found: Evaluation) -> None:
-                context.say(_line(found))
-                log({"kl": found.held_out.kl, "perplexity": found.held_out.perplexity}, found.step)
-
-            try:
-                report = train(
-                    model,
-                    [self.texts[phase.sequence_length] for phase in self.phases],
-                    self.config,
-                    seed=context.seed,
-                    checkpoint_dir=folder / CHECKPOINTS,
-                    teacher=dense,
-                    guard=Guard(
-                        lambda tuned: _held_out(dense, tuned, self.held_out_WT),
-                        self.config.evaluate_every,
-                        self.config.best_by,
-                        self.config.patience,
-                    ),
-                    workers=self.workers,
-                    on_step=on_step,
-                    on_evaluation=on_evaluation,
-                )
-            except DivergedError as error:
-                raise _RescuedError(model, error) from error
-        return model, report
 
 
 def _precision(config: FinetuneConfig) -> torch.dtype:
@@ -209,48 +138,6 @@ def _windows(
 def _data_ref(data: Sequence[str], windows_by_length: dict[int, Tensor]) -> InputRef:
     digest = values_digest({f"windows_{n}": ids_WT for n, ids_WT in windows_by_length.items()})
     return InputRef(path=", ".join(data), digest=digest)
-
-
-def _load_teacher(converted: ConvertedModel, device: torch.device) -> PreTrainedModel:
-    """The dense model in its own dtype; in float32 where the processor is slow at that one."""
-    own = converted.dtype("auto")
-    fast = own == torch.float32 or device.type == "cuda"
-    fast = fast or (own == torch.bfloat16 and "bf16" in cpu_features())
-    model = converted.load_dense("auto" if fast else "float32")
-    nn.Module.to(model.requires_grad_(False), device)
-    return model
-
-
-def _held_out(dense: PreTrainedModel, tuned: PreTrainedModel, windows_WT: Tensor) -> HeldOut:
-    comparison = compare(dense, tuned, windows_WT)
-    return HeldOut(comparison.moe.perplexity, comparison.kl, comparison.dense.perplexity)
-
-
-def _step_line(report: StepReport) -> str:
-    parts = [f"step {report.step}", f"loss {report.loss:.3f}"]
-    if report.balance is not None:
-        parts.append(f"load max/mean {report.balance.max_over_mean:.2f}")
-        parts.append(f"idle experts {report.balance.idle:.1%}")
-    return ", ".join([*parts, f"{report.tokens_per_second:.0f} tokens/s"])
-
-
-def _step_values(report: StepReport) -> dict[str, float]:
-    values = {
-        "loss": report.loss,
-        "learning_rate": report.learning_rate,
-        "tokens_per_second": report.tokens_per_second,
-    }
-    if report.balance is not None:
-        values |= {"load_max_over_mean": report.balance.max_over_mean}
-        values |= {"idle_experts": report.balance.idle}
-    return values
-
-
-def _line(found: Evaluation) -> str:
-    held_out = found.held_out
-    return (
-        f"  step {found.step}: held-out perplexity {held_out.perplexity:.3f}, KL {held_out.kl:.5f}"
-    )
 
 
 def _where(error: DivergedError, folder: Path) -> WeaverError:
