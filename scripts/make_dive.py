@@ -39,7 +39,7 @@ def write_texts(data_dir: Path, folder: Path) -> list[str]:
     (folder / "train").mkdir(parents=True, exist_ok=True)
     held_out = []
     for path in paths:
-        rows = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        rows = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
         kept = len(rows)
         while sum(map(len, rows[kept:])) < HELD_OUT_CHARACTERS:
             kept -= 1

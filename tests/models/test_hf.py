@@ -156,6 +156,8 @@ def test_every_layer_has_its_own_shape(open_tiny: OpenTiny, tmp_path: Path) -> N
         "router_bias": False,
         "expert_bias": False,
         "selection": "top-k",
+        "weighting": "unit",
+        "routed_scaling": 1.0,
     }
 
 

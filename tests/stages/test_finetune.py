@@ -142,7 +142,7 @@ def test_other_precision_is_another_training(tiny_llama: Path, tmp_path: Path) -
     manifest = run_stages(config, tmp_path, until="finetune")["finetune"]
     assert manifest.request.config["precision"] == "float32"
     other = run_config(tiny_llama, finetune={**GUARD, **SHORT, "steps": 1, "precision": "bfloat16"})
-    with pytest.raises(WeaverError, match="precision: float32 on disk, bfloat16 asked for"):
+    with pytest.raises(WeaverError, match="precision: 'float32' on disk, 'bfloat16' asked for"):
         run_stages(other, tmp_path, until="finetune")
 
 

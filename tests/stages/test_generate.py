@@ -30,8 +30,9 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 def run_dir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an assembled and a fine-tuned model."""
     folder = tmp_path_factory.mktemp("generate") / "run"
-    steps = {"steps": 1, "batch_size": 1, "sequence_length": 32, "learning_rate": 0.1}
-    run_stages(run_config(tiny_llama, finetune=steps), folder, until="finetune")
+    steps = {"steps": 5, "batch_size": 4, "sequence_length": 64, "learning_rate": 1e-2}
+    tuning = {**steps, "best_by": "perplexity"}
+    run_stages(run_config(tiny_llama, finetune=tuning), folder, until="finetune")
     return folder
 
 

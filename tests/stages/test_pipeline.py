@@ -38,7 +38,11 @@ def _partition(method: str, **values: object) -> dict[str, object]:
 def test_every_method_goes_through_all_stages(
     method: str, sequential: bool, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    config = run_config(tiny_llama, partition=_partition(method, sequential=sequential))
+    calibrate = {"groups": True, "tokens": 1000} if METHODS[method].prunes_groups else {}
+    partition = _partition(method, sequential=sequential)
+    if METHODS[method].prunes_groups:
+        partition["num_experts"] = 4  # of six groups
+    config = run_config(tiny_llama, calibrate=calibrate, partition=partition)
 
     manifests = run_stages(config, tmp_path)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_runs import run_config, run_stages, run_values, write_config
@@ -84,7 +83,6 @@ def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path]) -> None:
         command(config, second, TWO),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     checkpoints = second / "finetune" / "checkpoints"
     deadline = time.monotonic() + 120
@@ -92,7 +90,10 @@ def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path]) -> None:
         assert process.poll() is None, "the training ended before its first checkpoint was seen"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    # The launcher starts each worker in a session of its own.
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        each.kill()
     process.wait()
     assert not (second / "finetune" / "manifest.json").exists()
 

@@ -279,7 +279,10 @@ def test_experts_inside_experts_are_trained(run_dir: Path, tmp_path: Path) -> No
     shutil.copytree(run_dir, copy)
     before = AutoModelForCausalLM.from_pretrained(copy / "model").state_dict()
     words = ["--steps", "2", "--batch-size", "2", "--sequence-length", "32"]
-    done = run_weaver("finetune", "--run-dir", copy, *words, "--learning-rate", "1e-3")
+    by_perplexity = ["--set", "finetune.best_by=perplexity"]
+    done = run_weaver(
+        "finetune", "--run-dir", copy, *words, "--learning-rate", "1e-3", *by_perplexity
+    )
     assert done.returncode == 0, done.stderr
     after = AutoModelForCausalLM.from_pretrained(copy / "finetune/model").state_dict()
     assert before.keys() == after.keys()

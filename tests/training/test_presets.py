@@ -53,7 +53,7 @@ def test_cmoe_2k_is_the_papers() -> None:
 def test_distill_2k_reads_as_much() -> None:
     (phase,) = resolve_phases(parse(preset="distill-2k"))
     assert phase.steps * phase.batch_size * phase.sequence_length == 2048 * 2048
-    assert (phase.trainable, phase.objective, phase.distill_weight) == ("all", "distill", 1.0)
+    assert (phase.trainable, phase.objective, phase.distill_weight) == ("lora", "distill", 1.0)
 
 
 def test_keys_beside_a_preset_replace_its_own() -> None:

@@ -7,6 +7,7 @@ update, which is that of one process within rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ class Workers:
     @classmethod
     def join(cls, precision: torch.dtype = torch.float32) -> Workers:
         """Join the others, if this process was started with others."""
-        return cls(PartialState(), precision)
+        # Without this word accelerate takes processes on a machine without a GPU for strangers.
+        on_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return cls(PartialState(cpu=on_cpu), precision)
 
     @property
     def count(self) -> int:
