@@ -31,7 +31,10 @@ def test_the_summary_predicts_the_speed_of_every_layer(
 ) -> None:
     config = run_config(tiny_llama, partition=values)
 
-    rows = run_stages(config, tmp_path, until="partition")["partition"].summary["layers"]
+    manifest = run_stages(config, tmp_path, until="partition")["partition"]
+    rows = manifest.summary["layers"]
+
+    assert "weighting" not in manifest.request.config  # as before there was such a choice
 
     assert [row["layer"] for row in rows] == [0, 1, 2, 3]
     for row in rows:

@@ -67,7 +67,7 @@ class PartitionConfig(Section):
     expert_width_multiple: int = Field(1, gt=0)
     allocation: Literal["uniform", "adaptive", "fisher"] | None = None
     sequential: bool | None = None
-    weighting: Literal["unit", "softmax"] | None = None
+    weighting: Literal["softmax"] | None = None
     propagate: RouterConfig | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 

@@ -64,7 +64,10 @@ def partition(
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config=resolved.model_dump(mode="json"),
+        # Left out where it is off: earlier versions had none, and their partitions are the same.
+        config=resolved.model_dump(
+            mode="json", exclude={"weighting"} if resolved.weighting is None else None
+        ),
         inputs={"calibrate": calibration.ref},
     )
     run = StageRun(context, request, calibration.identity, calibration.manifest.dtype)
@@ -133,13 +136,13 @@ def _check_weighting(
             why="its experts are weighted in one way only" if spec.prunes_groups else "it has none",
             fix="leave partition.weighting out",
         )
-    if config.weighting == "softmax" and options.selects != "top-k":
+    if options.selects != "top-k":
         raise WeaverError(
             "softmax weights of experts that are selected by a threshold",
             why="a threshold may select nothing, and the weights of nothing have no sum",
             fix="--set partition.options.selection=top-k",
         )
-    if config.weighting == "softmax" and (router.refit or router.constants):
+    if router.refit or router.constants:
         raise WeaverError(
             "softmax weights with a refit or constants",
             why="both are solved for experts of weight 1",

@@ -96,7 +96,7 @@ class LayerSplitter:
             group_experts_G=self.group_experts_G,
         )
         layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(site))
-        if self.config.weighting == "softmax" and layout.num_routed_experts:
+        if self.config.weighting and layout.num_routed_experts:
             # K shares of a sum of 1: with equal scores every factor is 1, as without a softmax.
             layout = replace(layout, weighting="softmax", routed_scaling=float(layout.top_k))
         return layout
