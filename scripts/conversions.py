@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 STAGES = ("partition", "build-router", "assemble")
 
@@ -46,3 +48,9 @@ def convert(
             arguments += ["--calibration", calibration / "calibrate"]
         weaver(stage, *arguments)
     return run_dir
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a stage wrote: results, or a manifest."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conversions import set_words, weaver
+from conversions import read_json, set_words, weaver
 
 from weaver.report.tables import markdown_table
 
@@ -82,9 +82,9 @@ def table(runs: Path) -> str:
     """Both methods, before and after."""
     cells = []
     for method in METHODS:
-        before = _json(runs / method / "before.json")
-        after = _json(runs / method / "eval/results.json")
-        summary = _json(runs / method / "finetune/manifest.json")["summary"]
+        before = read_json(runs / method / "before.json")
+        after = read_json(runs / method / "eval/results.json")
+        summary = read_json(runs / method / "finetune/manifest.json")["summary"]
         cells.append(
             (
                 method,
@@ -102,11 +102,6 @@ def table(runs: Path) -> str:
     return markdown_table(headers, cells)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text())
-    return values
-
-
 def main() -> None:
     """Run both methods and write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,8 +113,8 @@ def main() -> None:
     domains = write_texts(arguments.data_dir, arguments.runs / "texts")
     for method in METHODS:
         run_method(method, arguments.runs, len(domains), arguments.steps)
-    dense = _json(arguments.runs / "flap/eval/results.json")["dense"]["perplexity"]
-    affinity = _json(arguments.runs / "dive/partition/manifest.json")["summary"]["affinity"]
+    dense = read_json(arguments.runs / "flap/eval/results.json")["dense"]["perplexity"]
+    affinity = read_json(arguments.runs / "dive/partition/manifest.json")["summary"]["affinity"]
     text = HEADER.format(domains=", ".join(domains), dense=dense, steps=arguments.steps)
     arguments.out.write_text(f"{text}\n{table(arguments.runs)}\n\n{_clusters(affinity)}\n")
 

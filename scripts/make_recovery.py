@@ -9,14 +9,13 @@ the raw WikiText-2 test split, which neither has seen.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversions import convert, set_words, weaver
+from conversions import convert, read_json, set_words, weaver
 
 from weaver.report.tables import markdown_table
 
@@ -87,9 +86,9 @@ def table(finished: Sequence[Row], runs: Path, sparsity: float) -> str:
     """Quality before and after, side by side."""
     cells = []
     for row in finished:
-        before = _json(runs / f"{row.method}-{sparsity:g}/eval/results.json")
-        after = _json(runs / row.folder / "eval/results.json")
-        summary = _json(runs / row.folder / "finetune/manifest.json")["summary"]
+        before = read_json(runs / f"{row.method}-{sparsity:g}/eval/results.json")
+        after = read_json(runs / row.folder / "eval/results.json")
+        summary = read_json(runs / row.folder / "finetune/manifest.json")["summary"]
         dense = after["dense"]["perplexity"]
         gap = (after["moe"]["perplexity"] - dense) / (before["moe"]["perplexity"] - dense)
         cells.append(
@@ -110,11 +109,6 @@ def table(finished: Sequence[Row], runs: Path, sparsity: float) -> str:
         *("perplexity", "gap to dense closed", "FFN FLOPs, measured"),
     )
     return markdown_table(headers, cells)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text())
-    return values
 
 
 def _flops(results: dict[str, Any]) -> float:

@@ -53,6 +53,19 @@ class Routing:
         tokens_P = torch.arange(tokens, device=ids_TK.device).repeat_interleave(top_k)
         return cls(tokens_P, ids_TK.reshape(-1), weights_TK.reshape(-1), tokens, num_experts, top_k)
 
+    @classmethod
+    def of_slots(cls, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Self:
+        """Any number of experts for a token: inverse of ``slots``.
+
+        Args:
+            ids_TK: expert ids, no id twice for a token; E stands for none, (T, K).
+            weights_TK: factors of their outputs, (T, K).
+            num_experts: E.
+        """
+        tokens_P, slots_P = (ids_TK < num_experts).nonzero(as_tuple=True)
+        experts_P, weights_P = ids_TK[tokens_P, slots_P].long(), weights_TK[tokens_P, slots_P]
+        return cls(tokens_P, experts_P, weights_P.float(), ids_TK.shape[0], num_experts)
+
     def slots(self) -> tuple[Tensor, Tensor]:
         """The same with one row per token: expert ids and factors, (T, K).
 
@@ -133,9 +146,7 @@ def route(
     ids_TK, weights_TK = route_slots(x_TD, router, activation, top_k, selection)
     if selection == "top-k":
         return Routing.of_top_k(ids_TK, weights_TK, experts)
-    tokens_P, slots_P = (ids_TK < experts).nonzero(as_tuple=True)
-    pairs = (tokens_P, ids_TK[tokens_P, slots_P], weights_TK[tokens_P, slots_P])
-    return Routing(*pairs, x_TD.shape[0], experts)
+    return Routing.of_slots(ids_TK, weights_TK, experts)
 
 
 def route_to_all(x_TD: Tensor, router: Router, activation: str, temperature: float) -> Routing:

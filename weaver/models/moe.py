@@ -220,14 +220,7 @@ class RoutedExperts:
         """
         layer, shape = self._layer, self._layer.shape
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        tokens_P, slots_P = (top_k_index < shape.n_routed_experts).nonzero(as_tuple=True)
-        routing = Routing(
-            tokens_P,
-            top_k_index[tokens_P, slots_P].long(),
-            top_k_weights[tokens_P, slots_P].float(),
-            x_TD.shape[0],
-            shape.n_routed_experts,
-        )
+        routing = Routing.of_slots(top_k_index, top_k_weights, shape.n_routed_experts)
         routed = slice_neurons(
             layer.weights(), shape.num_shared_neurons, shape.total_neurons, output_bias=False
         )

@@ -53,14 +53,7 @@ class ExpertList(nn.ModuleList):
             top_k_weights: factors of the experts' outputs, (T, K).
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        tokens_P, slots_P = (top_k_index < self.num_experts).nonzero(as_tuple=True)
-        routing = Routing(
-            tokens_P,
-            top_k_index[tokens_P, slots_P].long(),
-            top_k_weights[tokens_P, slots_P].float(),
-            x_TD.shape[0],
-            self.num_experts,
-        )
+        routing = Routing.of_slots(top_k_index, top_k_weights, self.num_experts)
         return self.combine(x_TD, routing).view_as(hidden_states)
 
     def combine(self, x_TD: Tensor, routing: Routing) -> Tensor:
