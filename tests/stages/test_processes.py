@@ -20,6 +20,13 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHORT = {"batch_size": 3, "sequence_length": 64, "warmup_steps": 1, "steps": 6}
 GUARD = {"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 3}
 FINETUNE = {**SHORT, **GUARD, "objective": "distill", "learning_rate": 1e-3, "precision": "float32"}
+# Adapters, then the routers alone, then every weight: what each leaves, the next one keeps.
+PHASES: list[dict[str, Any]] = [
+    {"trainable": "lora", "lora": {"rank": 2, "also": ["router", "norms"]}, "learning_rate": 1e-3},
+    {"trainable": "router", "learning_rate": 1e-3},
+    {"trainable": "all", "learning_rate": 2e-5},
+]
+PHASE = {"batch_size": 3, "sequence_length": 64, "warmup_steps": 1, "steps": 3}
 
 
 @pytest.fixture
@@ -37,9 +44,13 @@ def command(config: Path, run_dir: Path, launcher: tuple[str, ...] = ()) -> list
     return [sys.executable, *words, "--run-dir", str(run_dir)]
 
 
-def finetune(config: Path, run_dir: Path, launcher: tuple[str, ...] = ()) -> str:
+def finetune(config: Path, run_dir: Path, launcher: tuple[str, ...] = (), *words: str) -> str:
     done = subprocess.run(
-        command(config, run_dir, launcher), capture_output=True, text=True, check=False, timeout=300
+        [*command(config, run_dir, launcher), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -61,26 +72,47 @@ def test_two_processes_are_one(runs: tuple[Path, Path, Path]) -> None:
     finetune(config, first)
     shown = finetune(config, second, TWO)
     assert shown.count("held-out perplexity") == 3  # the other process says nothing
+    assert len(set(summary(first)["losses"])) == 6
+    assert_equal_within_rounding(first, second)
 
+    together = summary(second)
+    assert "held-out perplexity" not in finetune(config, second, TWO)
+    assert summary(second) == together
+
+
+@pytest.mark.slow
+def test_divided_weights_are_whole_ones(
+    runs: tuple[Path, Path, Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    _, first, second = runs
+    phases = [{**PHASE, "objective": "distill", **each} for each in PHASES]
+    settings = {**GUARD, "best_by": "perplexity", "precision": "float32", "phases": phases}
+    config = write_config(tmp_path / "phases.yaml", run_values(tiny_llama, finetune=settings))
+    finetune(config, first)
+    finetune(config, second, TWO, "--shard")
+    assert len(summary(first)["losses"]) == 9
+    assert summary(first)["best_step"] > 3  # of a phase that began with what another had trained
+    assert_equal_within_rounding(first, second)
+
+
+def assert_equal_within_rounding(first: Path, second: Path) -> None:
     alone, together = summary(first), summary(second)
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    assert len(set(alone["losses"])) == 6
+    assert together["best_step"] == alone["best_step"]
     for one, two in zip(alone["evaluations"], together["evaluations"], strict=True):
         assert two["kl"] == pytest.approx(one["kl"], rel=1e-4)
     expected, found = weights(first), weights(second)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
 
-    assert "held-out perplexity" not in finetune(config, second, TWO)
-    assert summary(second) == together
-
 
 @pytest.mark.slow
-def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path]) -> None:
+@pytest.mark.parametrize("words", [(), ("--shard",)], ids=["whole", "divided"])
+def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path], words: tuple[str, ...]) -> None:
     config, first, second = runs
-    finetune(config, first, TWO)
+    finetune(config, first, TWO, *words)
     process = subprocess.Popen(
-        command(config, second, TWO),
+        [*command(config, second, TWO), *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -97,7 +129,7 @@ def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path]) -> None:
     process.wait()
     assert not (second / "finetune" / "manifest.json").exists()
 
-    finetune(config, second, TWO)
+    finetune(config, second, TWO, *words)
     assert summary(second)["resumed_from"] >= 2
     assert summary(second)["losses"] == summary(first)["losses"]
     expected, found = weights(first), weights(second)

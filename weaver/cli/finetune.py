@@ -37,6 +37,9 @@ def finetune(
     report_to: Annotated[
         str | None, typer.Option(help="Curves for tensorboard, trackio or wandb.")
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Divide the weights among the processes (FSDP).")
+    ] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -69,7 +72,7 @@ def finetune(
         dry_run=dry_run,
         data_dir=data_dir,
     )
-    run_stage(context, "finetune", lambda c: stage(c, settings, report_to=report_to))
+    run_stage(context, "finetune", lambda c: stage(c, settings, report_to=report_to, shard=shard))
 
 
 def add_to(app: typer.Typer) -> None:

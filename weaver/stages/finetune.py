@@ -34,7 +34,11 @@ MODEL = "model"
 
 
 def finetune(
-    context: StageContext, config: FinetuneConfig, *, report_to: str | None = None
+    context: StageContext,
+    config: FinetuneConfig,
+    *,
+    report_to: str | None = None,
+    shard: bool = False,
 ) -> StageManifest:
     """Train the assembled model for some steps and write its best weights to ``finetune/model``.
 
@@ -49,6 +53,8 @@ def finetune(
         context: run directory, seed, progress, data folder.
         config: text, phases, learning rates, evaluations.
         report_to: a tracker for the curves, see ``weaver.report.tracking``.
+        shard: divide the weights among the processes; what comes out differs by rounding alone, and
+            is not recorded, as their number is not.
 
     Raises:
         WeaverError: no finished conversion, no such data, or a loss that is not finite; then the
@@ -57,7 +63,7 @@ def finetune(
     converted = open_converted(context, finetuned=False)
     tokenizer = converted.dense.tokenizer()
     phases = resolve_phases(config)
-    workers = Workers.join(_precision(config))
+    workers = Workers.join(_precision(config), sharded=shard)
     _check_batches(phases, workers)
     lengths = sorted({phase.sequence_length for phase in phases})
     texts = {n: _windows(context, config.data, tokenizer, n, limit=None) for n in lengths}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
@@ -73,10 +73,9 @@ class TrainingJob:
         Raises:
             RescuedError: the training has diverged.
         """
-        device = self.workers.device
         model = load_model(self.converted.folder, torch.float32)
-        nn.Module.to(model, device)
-        dense = _load_teacher(self.converted, device)
+        dense = _load_teacher(self.converted, self.workers.device.type)
+        self.workers.place(dense)
         with context.progress("finetune", sum(phase.steps for phase in self.phases)) as advance:
 
             def on_step(report: StepReport) -> None:
@@ -110,14 +109,12 @@ class TrainingJob:
         return model, report
 
 
-def _load_teacher(converted: ConvertedModel, device: torch.device) -> PreTrainedModel:
+def _load_teacher(converted: ConvertedModel, device: str) -> PreTrainedModel:
     """The dense model in its own dtype; in float32 where the processor is slow at that one."""
     own = converted.dtype("auto")
-    fast = own == torch.float32 or device.type == "cuda"
+    fast = own == torch.float32 or device == "cuda"
     fast = fast or (own == torch.bfloat16 and "bf16" in cpu_features())
-    model = converted.load_dense("auto" if fast else "float32")
-    nn.Module.to(model.requires_grad_(False), device)
-    return model
+    return converted.load_dense("auto" if fast else "float32").requires_grad_(False)
 
 
 def _held_out(dense: PreTrainedModel, tuned: PreTrainedModel, windows_WT: Tensor) -> HeldOut:

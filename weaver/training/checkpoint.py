@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from weaver.artifacts.store import read_tensors, write_tensors
 from weaver.errors import WeaverError
 from weaver.training.guard import Evaluation, prune_best
+from weaver.training.sharding import divided_like, whole
 
 _PATTERN = "step-*.safetensors"
 
@@ -35,13 +36,16 @@ class TrainingState:
     optimizer: Optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat copy-free view: ``parameter/NAME``, ``buffer/NAME``, ``optimizer/KEY/NAME``."""
+        """Flat view: ``parameter/NAME``, ``buffer/NAME``, ``optimizer/KEY/NAME``, nothing divided.
+
+        Copies are made of divided tensors alone; every process has to call it if there are any.
+        """
         flat = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
         flat |= {f"buffer/{name}": b for name, b in self.buffers.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 flat[f"optimizer/{key}/{name}"] = value
-        return flat
+        return {key: whole(tensor) for key, tensor in flat.items()}
 
     def load(self, flat: Mapping[str, Tensor]) -> None:
         """Inverse of ``tensors()``, in place.
@@ -61,7 +65,7 @@ class TrainingState:
         # Everything is checked before anything is written: a refused file leaves the model alone.
         with torch.no_grad():
             for key, target in current.items():
-                target.copy_(flat[key])
+                target.copy_(divided_like(flat[key], target))
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = _moments_like(moments[name], parameter)
 
@@ -153,19 +157,24 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainingState, progress: Progress, settings: Mapping[str, Any]
+    folder: Path, state: Mapping[str, Tensor], progress: Progress, settings: Mapping[str, Any]
 ) -> Path:
     """Write ``step-N.safetensors``, then remove the older ones.
 
     The file appears under its name only when it is complete on disk; until then the older one
     stays, so that there is a usable checkpoint at any moment.
 
+    Args:
+        folder: where checkpoints lie.
+        state: what ``TrainingState.tensors`` gave.
+        progress: how far the training has come.
+        settings: what a training that continues it must have.
+
     Raises:
         WeaverError: the folder cannot be written.
     """
     path = folder / f"step-{progress.step:08d}.safetensors"
-    tensors = state.tensors()
-    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
+    tensors = {**state, "losses": torch.tensor(progress.losses, dtype=torch.float64)}
     write_tensors(path, tensors, {"settings": dict(settings), **progress.metadata()})
     for other in folder.glob(_PATTERN):
         if other != path:
@@ -243,6 +252,6 @@ def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, A
 def _moments_like(moments: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
     """Copies on the parameter's device; the step counter stays on the CPU, where AdamW keeps it."""
     return {
-        key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+        key: value.clone() if value.ndim == 0 else divided_like(value, parameter)
         for key, value in moments.items()
     }

@@ -99,7 +99,8 @@ def finetune(
     updates at usual rates are smaller than half a unit in the last place and would be lost.
 
     Args:
-        model: the model, in float32; left in eval mode, with the frozen parameters frozen.
+        model: the model, in float32; left in eval mode, with the frozen parameters frozen. It moves
+            to the workers' device, or stays where it is if they divide its weights.
         windows: for each phase token ids without padding, integer, (W, T).
         config: phases, rates and the rest.
         seed: order of the windows, adapters and dropout, not negative.
@@ -152,20 +153,20 @@ def finetune(
     with ExitStack() as stack:
         stack.callback(model.eval)
         # Dropout draws from a seed per step; the caller's random state is given back at the end.
-        stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
+        stack.enter_context(torch.random.fork_rng(_cuda_devices(workers.device)))
         for index in range(start.phase, len(phases)):
             if index > trainer.progress.phase:
                 trainer.next_phase()
-            at_work = enter_phase(model, phases, index, seed=seed)
+            at_work = enter_phase(model, phases, index, seed=seed, workers=workers)
             if found is not None:
                 found.load(at_work.state)
                 found = None
             try:
                 trainer.run_phase(at_work, phases[index], windows[index])
             except NotFiniteError as error:
-                at_work.leave()
+                at_work.leave(trainer.names)
                 raise _diverged(error, trainer.restore_best(), config, phases, index) from error
-            at_work.leave()
+            at_work.leave(trainer.names)
             best = trainer.restore_best()
     progress = trainer.progress
     sizes = [phase.batch_size * each.shape[1] for phase, each in zip(phases, windows, strict=True)]
@@ -215,8 +216,7 @@ def _settings(
     return settings
 
 
-def _cuda_devices(model: PreTrainedModel) -> list[int]:
-    device = model.device
+def _cuda_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 

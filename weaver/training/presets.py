@@ -63,7 +63,7 @@ PRESETS: dict[str, Preset] = {
             phases=(
                 PhaseConfig(
                     trainable="lora",
-                    lora=AdapterConfig(rank=16, alpha=32.0),
+                    lora=AdapterConfig(rank=64, alpha=64.0),
                     objective="distill",
                     tokens=TOKENS_2K,
                     batch_size=8,

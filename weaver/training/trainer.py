@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from weaver.config.finetuning import PhaseConfig
@@ -22,7 +22,8 @@ from weaver.training.dense import routed_to_all
 from weaver.training.guard import Evaluation, Guard, HeldOut, load_best, prune_best, save_best
 from weaver.training.loss import training_loss
 from weaver.training.optimizer import learning_rate_factor
-from weaver.training.phase import PhaseModel, plain_tensor
+from weaver.training.phase import PhaseModel, load_tensors
+from weaver.training.sharding import clip_gradients
 from weaver.training.workers import Workers
 
 CLIP_NORM = 1.0
@@ -93,12 +94,11 @@ class Trainer:
         """
         if self.guard is not None and not self.progress.evaluations:
             # What fails here is none of the training's.
-            self.model.eval()
-            self._note(self._evaluate(self.guard), at_work, self.guard)
+            self._note(self._evaluate(at_work, self.guard), at_work, self.guard)
         while not self._is_over(phase):
             report = self._step(at_work, phase, windows_WT)
             if self.guard is not None and self._is_due(self.guard, phase):
-                self._note(self._measure(self.guard), at_work, self.guard)
+                self._note(self._measure(at_work, self.guard), at_work, self.guard)
             if self.progress.step % self.checkpoint_every == 0:
                 self._save(at_work)
             if self.on_step is not None:
@@ -120,9 +120,7 @@ class Trainer:
         best = self.guard.best(self.progress.evaluations)
         self.workers.wait()  # for the file that the main process writes
         tensors = load_best(self.folder, best.step)
-        with torch.no_grad():
-            for name in self.names:
-                plain_tensor(self.model, name).copy_(tensors[name])
+        load_tensors(self.model, {name: tensors[name] for name in self.names})
         return best
 
     def _is_over(self, phase: PhaseConfig) -> bool:
@@ -140,9 +138,9 @@ class Trainer:
         step, rank = self.progress.phase_step, self.workers.rank
         ids_B = batch_indices(step, windows_WT.shape[0], phase.batch_size, self.seed)
         torch.manual_seed(step_seed(self.seed, self.progress.step, rank))
-        self.model.train()
+        at_work.model.train()
         ids_BT = windows_WT[self.workers.share(ids_B)].to(self.workers.device, torch.int64)
-        with ExpertLoadCounter(self.model, probabilities=phase.balance_loss > 0) as counter:
+        with ExpertLoadCounter(at_work.model, probabilities=phase.balance_loss > 0) as counter:
             loss, rate, loads = self._update(at_work, phase, ids_BT, counter)
         if phase.balance_update:
             counter.apply(loads, phase.balance_update)
@@ -164,8 +162,8 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
-        with self.workers.autocast(), routed_to_all(self.model, phase.temperature):
-            loss = self._loss(phase, ids_BT)
+        with self.workers.autocast(), routed_to_all(at_work.model, phase.temperature):
+            loss = self._loss(at_work, phase, ids_BT)
         loads = self.workers.add_loads(counter.take())
         if phase.balance_loss:
             loss = loss + phase.balance_loss * counter.loss(loads)
@@ -177,26 +175,25 @@ class Trainer:
         loss.backward()
         parameters = at_work.state.parameters.values()
         self.workers.add_gradients(parameters)
-        norm = float(nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
+        norm = clip_gradients(parameters, CLIP_NORM)
         if not math.isfinite(norm):
             raise NotFiniteError(f"norm of the gradients is {norm} at step {step + 1}")
         optimizer.step()
         return value, phase.learning_rate * factor, loads
 
-    def _loss(self, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
+    def _loss(self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
         if phase.objective == "next-token":
-            return training_loss(self.model, ids_BT)
+            return training_loss(at_work.model, ids_BT)
         assert phase.distill_weight is not None, "the phase is not resolved"
         return training_loss(
-            self.model, ids_BT, teacher=self.teacher, distill_weight=phase.distill_weight
+            at_work.model, ids_BT, teacher=self.teacher, distill_weight=phase.distill_weight
         )
 
-    def _measure(self, guard: Guard) -> HeldOut:
+    def _measure(self, at_work: PhaseModel, guard: Guard) -> HeldOut:
         """The model on held-out text; what could be measured before and no more has diverged."""
-        self.model.eval()
         step = self.progress.phase_step
         try:
-            held_out = self._evaluate(guard)
+            held_out = self._evaluate(at_work, guard)
         except WeaverError as error:
             raise NotFiniteError(f"{error.what}, after step {step}") from error
         for name in ("kl", "perplexity"):
@@ -205,12 +202,13 @@ class Trainer:
                 raise NotFiniteError(f"held-out {name} is {value} after step {step}")
         return held_out
 
-    def _evaluate(self, guard: Guard) -> HeldOut:
+    def _evaluate(self, at_work: PhaseModel, guard: Guard) -> HeldOut:
         """What the main process measures."""
+        at_work.model.eval()
         found: HeldOut | None = None
-        if self.workers.is_main:
+        if self.workers.reads_weights:
             with self.workers.autocast():
-                found = guard.evaluate(self.model)
+                found = guard.evaluate(at_work.model)
         found = self.workers.agree(found)
         assert found is not None
         return found
@@ -219,18 +217,26 @@ class Trainer:
         found = Evaluation(self.progress.step, self.progress.phase, held_out)
         evaluations = (*self.progress.evaluations, found)
         self.progress = replace(self.progress, evaluations=evaluations)
-        if self.workers.is_main and guard.best(evaluations) is found:
-            save_best(self.folder, found.step, at_work.merged(self.names))
-            # A resumed training begins with the best weights that its checkpoint knows.
-            saved = set() if self.saved_best is None else {self.saved_best}
-            prune_best(self.folder, {found.step} | saved)
+        if self.workers.reads_weights and guard.best(evaluations) is found:
+            self._save_best(at_work.merged(self.names), found.step)
         if self.on_evaluation is not None:
             self.on_evaluation(found)
 
-    def _save(self, at_work: PhaseModel) -> None:
+    def _save_best(self, tensors: dict[str, Tensor], step: int) -> None:
         if not self.workers.is_main:
             return
-        save_checkpoint(self.folder, at_work.state, self.progress, self.settings)
+        save_best(self.folder, step, tensors)
+        # A resumed training begins with the best weights that its checkpoint knows.
+        saved = set() if self.saved_best is None else {self.saved_best}
+        prune_best(self.folder, {step} | saved)
+
+    def _save(self, at_work: PhaseModel) -> None:
+        if not self.workers.reads_weights:
+            return
+        tensors = at_work.state.tensors()
+        if not self.workers.is_main:
+            return
+        save_checkpoint(self.folder, tensors, self.progress, self.settings)
         if self.guard is not None:
             self.saved_best = self.guard.best(self.progress.evaluations).step
             prune_best(self.folder, {self.saved_best})

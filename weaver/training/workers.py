@@ -11,14 +11,20 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from weaver.errors import WeaverError
 from weaver.training.balance import ExpertLoad
+from weaver.training.sharding import shard_layers
 
 T = TypeVar("T")
 
@@ -32,17 +38,30 @@ class Workers:
     Args:
         state: rank, number of processes and device, as accelerate finds them.
         precision: dtype of matrix products under autocast; float32 means none.
+        sharded: the weights of every layer are divided among them.
     """
 
     state: PartialState
     precision: torch.dtype = torch.float32
+    sharded: bool = False
 
     @classmethod
-    def join(cls, precision: torch.dtype = torch.float32) -> Workers:
-        """Join the others, if this process was started with others."""
+    def join(cls, precision: torch.dtype = torch.float32, *, sharded: bool = False) -> Workers:
+        """Join the others, if this process was started with others.
+
+        Raises:
+            WeaverError: weights are to be divided among one process.
+        """
         # Without this word accelerate takes processes on a machine without a GPU for strangers.
         on_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return cls(PartialState(cpu=on_cpu), precision)
+        workers = cls(PartialState(cpu=on_cpu), precision, sharded)
+        if sharded and workers.count == 1:
+            raise WeaverError(
+                "--shard: 1 process holds all weights",
+                why="sharding divides the weights among the processes that train together",
+                fix="leave --shard out, or start with torchrun --nproc-per-node N -m weaver",
+            )
+        return workers
 
     @property
     def count(self) -> int:
@@ -63,6 +82,23 @@ class Workers:
     def device(self) -> torch.device:
         """Where this process computes."""
         return torch.device(self.state.device)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this process has to take part when the weights are measured or written."""
+        return self.is_main or self.sharded
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The processes among which weights are divided."""
+        return init_device_mesh(self.device.type, (self.count,))
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Put a model on this process' device, in place: all of it, or its part."""
+        if self.sharded:
+            shard_layers(model, self.mesh)
+        else:
+            nn.Module.to(model, self.device)
 
     @property
     def precision_name(self) -> str:
@@ -87,11 +123,14 @@ class Workers:
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by the sum over all processes, in place.
 
-        A parameter that this process' tokens did not use counts as zero.
+        A parameter that this process' tokens did not use counts as zero. Gradients of divided
+        parameters are sums already.
         """
         if self.count == 1:
             return
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.sum(grad)
 
