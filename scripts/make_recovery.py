@@ -19,15 +19,15 @@ from conversions import convert, read_json, set_words, weaver
 
 from weaver.report.tables import markdown_table
 
-DATA = "[multitask_calib/open.jsonl, domains]"
 CALIBRATE = (
-    *(f"calibrate.data={DATA}", "calibrate.tokens=16384"),
+    *("calibrate.data=[multitask_calib/open.jsonl, domains]", "calibrate.tokens=16384"),
     "calibrate.input_sample_mb=256",  # as weave wants it: all methods share one calibration
 )
 EVAL = (
     *("eval.data=[wikitext2/wiki.test.rebuilt.raw]", "eval.windows=8"),
     "eval.sequence_length=1024",
 )
+TRAINING_TEXT = "[wikitext2/tok.valid.txt, multitask_calib/open.jsonl]"
 SHAPE = ("batch_size=4", "sequence_length=256", "evaluate_every=50", "checkpoint_every=50")
 
 
@@ -77,7 +77,7 @@ def run_row(row: Row, runs: Path, data_dir: Path, sparsity: float) -> None:
     if not run_dir.exists():
         shutil.copytree(start, run_dir.with_suffix(".part"), dirs_exist_ok=True)
         run_dir.with_suffix(".part").rename(run_dir)
-    settings = [f"finetune.{each}" for each in (f"data={DATA}", *row.settings)]
+    settings = [f"finetune.{each}" for each in (f"data={TRAINING_TEXT}", *row.settings)]
     weaver("finetune", *common, "--run-dir", run_dir, *set_words(settings))
     weaver("eval", *common, "--run-dir", run_dir, *set_words(EVAL), "--force")
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--out", type=Path, default=Path("docs/recovery.md"))
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rows", nargs="+", help="Only these folders.")
     parser.add_argument("--finished", action="store_true", help="Run nothing; finished rows only.")
     arguments = parser.parse_args()

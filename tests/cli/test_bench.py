@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import weaver.cli.app
 from weaver.artifacts.results import BenchHeader, BenchResult, BenchRow
 from weaver.cli.bench import FLAGS
-from weaver.cli.show import show_bench
+from weaver.cli.show_speeds import show_bench
 from weaver.evaluation import layers
 from weaver.kernels.roofline import SHAPES
 

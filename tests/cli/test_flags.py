@@ -119,7 +119,7 @@ def test_finetune_flags(tiny_llama: Path, tmp_path: Path) -> None:
 
     (phase,) = config_of(tmp_path, "finetune")["phases"]
     assert (phase["objective"], phase["trainable"], phase["steps"]) == ("distill", "lora", 2)
-    assert phase["lora"]["rank"] == 16
+    assert phase["lora"]["rank"] == 64
     assert re.search(r"step 2: held-out perplexity [0-9.]+, KL [0-9.]+", output)
     assert re.search(r"held-out KL .* the weights of step [02]\n", output)
 

@@ -62,6 +62,7 @@ def test_quantiles_by_hand() -> None:
     values = Timing(tuple(float(i) for i in (11, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)))
     assert (values.p10, values.median, values.p90) == pytest.approx((2, 6, 10))
     assert Timing((4.0, 1.0)).median == pytest.approx(2.5)
+    assert Timing((4.0, 1.0, 2.0)).best == 1.0
 
 
 @given(st.lists(st.floats(1e-9, 1e3), min_size=1))

@@ -178,7 +178,7 @@ def _refuse_others(context: typer.Context, what: str) -> None:
 
 
 def _show_roofline(device: str, tokens: Sequence[int] | None) -> None:
-    from weaver.cli.show import show_roofline
+    from weaver.cli.show_speeds import show_roofline
     from weaver.kernels.roofline import NOTE, roofline_rows
 
     try:
@@ -192,7 +192,7 @@ def _show_roofline(device: str, tokens: Sequence[int] | None) -> None:
 
 def _report(result: BenchResult, json_file: Path | None, plot: Path | None) -> None:
     from weaver.artifacts.store import write_json, write_text
-    from weaver.cli.show import show_bench
+    from weaver.cli.show_speeds import show_bench
     from weaver.report.plots import speedup_plot
     from weaver.stages.bench import summary
 

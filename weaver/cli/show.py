@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from weaver.cli.levels import by_level
+from weaver.cli.show_speeds import show_bench
 from weaver.report.affinity_table import affinity_experts, affinity_table
-from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import (
     console_table,
     format_bytes,
@@ -24,14 +24,10 @@ from weaver.report.tables import (
 
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
-    from weaver.kernels.roofline import RooflineRow
     from weaver.stages.estimate import Estimate
     from weaver.stages.inspection import StageState
     from weaver.stages.pipeline import PlannedStage
 
-
-# Columns of a terminal that shows the whole table of a benchmark.
-WIDE_ENOUGH = 150
 
 # What to do about a conversion that the smoke test finds degenerate.
 _LESS = (
@@ -223,33 +219,6 @@ def _show_router_report(console: Console, report: dict[str, Any]) -> None:
     )
     headers = ("layer", *(header for header, _ in columns.values()))
     console.print(console_table(title, headers, rows))
-
-
-def show_bench(console: Console, summary: dict[str, Any]) -> None:
-    """Dense against converted, a row per number of tokens."""
-    title = bench_title(summary["header"])
-    narrow = console.width < WIDE_ENOUGH
-    console.print(console_table(title, *bench_columns(summary["rows"], narrow=narrow)))
-
-
-def show_roofline(console: Console, device: str, note: str, rows: Sequence[RooflineRow]) -> None:
-    """Predicted speed-ups of the GPU kernels."""
-    headers = (
-        *("FFN of", "sparsity", "slices", "tokens", "kernels", "dense us", "converted us"),
-        *("speed-up", "bound", "of bound", "end-to-end bound"),
-    )
-    cells = [
-        (
-            *(row.model, format_percent(row.sparsity), row.experts, row.tokens, row.variant),
-            *(f"{row.dense_us:.0f}", f"{row.moe_us:.0f}"),
-            format_ratio(row.speedup) + (" slower than dense" if row.speedup < 1 else ""),
-            *(format_ratio(row.bound), format_percent(row.share)),
-            format_ratio(row.end_to_end_bound),
-        )
-        for row in rows
-    ]
-    console.print(console_table(f"model of {device}, not a measurement", headers, cells))
-    console.print(note)
 
 
 _SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {

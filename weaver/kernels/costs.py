@@ -36,7 +36,7 @@ from weaver.kernels.timing import interleave
 
 # Tokens at which a family is timed; times in between are interpolated, beyond extrapolated.
 TOKENS = (1, 4, 16, 64, 256)
-REPEATS = 5
+REPEATS = 11
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Family:
         """Where its costs are kept."""
         device = torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
         kernel = compiled_kernel().parent.name if self.backend == "native" else ""
-        text = f"{self} {device} torch {torch.__version__} {kernel} {TOKENS}"
+        text = f"{self} {device} torch {torch.__version__} {kernel} {TOKENS} {REPEATS}"
         return cache_folder() / f"costs-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
@@ -90,7 +90,10 @@ class Workload(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that were measured for a family, at each of ``TOKENS``.
+    """Seconds that were measured for a family, at each of ``TOKENS``: the best of ``REPEATS`` runs.
+
+    Other work on the machine makes a run longer, never shorter, and these times are kept: a median
+    that was taken in a busy minute has predicted speed-ups that no machine could reach.
 
     Args:
         dense: the dense FFN as a model has it, with three ``torch.nn.functional.linear``.
@@ -202,7 +205,7 @@ def measure(family: Family) -> Costs:
             warmup=1,
         )
         for name, timing in timings.items():
-            seconds[name].append(timing.median / (experts if name == "expert" else 1))
+            seconds[name].append(timing.best / (experts if name == "expert" else 1))
     return Costs(**{name: tuple(values) for name, values in seconds.items()})
 
 

@@ -27,6 +27,10 @@ class Timing:
         return self.quantile(0.5)
 
     @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
     def p10(self) -> float:
         return self.quantile(0.1)
 
