@@ -16,6 +16,8 @@ import torch
 from tiny_runs import run_config, run_stages, run_values, write_config
 from transformers import AutoModelForCausalLM
 
+from weaver.config.loading import RunConfig, parse_config
+
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHORT = {"batch_size": 3, "sequence_length": 64, "warmup_steps": 1, "steps": 6}
 GUARD = {"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 3}
@@ -104,6 +106,24 @@ def assert_equal_within_rounding(first: Path, second: Path) -> None:
     expected, found = weights(first), weights(second)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_divided_routers_learn_as_whole_ones(tiny_llama: Path, tmp_path: Path) -> None:
+    values = run_values(tiny_llama, partition={"weighting": "softmax"})
+    first, second = tmp_path / "one", tmp_path / "two"
+    run_stages(parse_config(RunConfig, values, source="test"), first, until="assemble")
+    shutil.copytree(first, second)
+    phases = [
+        {**PHASE, "trainable": "router", "temperature": 2.0, "learning_rate": 1e-2},
+        {**PHASE, "balance_loss": 1.0, "learning_rate": 1e-3},
+    ]
+    values["finetune"] = {**GUARD, "precision": "float32", "phases": phases}
+    config = write_config(tmp_path / "phases.yaml", values)
+    finetune(config, first)
+    finetune(config, second, TWO, "--shard")
+    assert len(set(summary(first)["losses"])) == 6
+    assert_equal_within_rounding(first, second)
 
 
 @pytest.mark.slow

@@ -162,7 +162,22 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
-        with self.workers.autocast(), routed_to_all(at_work.model, phase.temperature):
+        # Around the backward pass too, where a divided model computes its layers again.
+        with routed_to_all(at_work.model, phase.temperature):
+            value, loads = self._gradients(at_work, phase, ids_BT, counter)
+        parameters = at_work.state.parameters.values()
+        self.workers.add_gradients(parameters)
+        norm = clip_gradients(parameters, CLIP_NORM)
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"norm of the gradients is {norm} at step {step + 1}")
+        optimizer.step()
+        return value, phase.learning_rate * factor, loads
+
+    def _gradients(
+        self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor, counter: ExpertLoadCounter
+    ) -> tuple[float, dict[str, ExpertLoad]]:
+        """Gradients of this process' part; loss and loads over all processes."""
+        with self.workers.autocast():
             loss = self._loss(at_work, phase, ids_BT)
         loads = self.workers.add_loads(counter.take())
         if phase.balance_loss:
@@ -171,15 +186,10 @@ class Trainer:
         loss = loss * (len(ids_BT) / phase.batch_size)
         value = float(self.workers.sum(loss.detach()))
         if not math.isfinite(value):
-            raise NotFiniteError(f"loss is {value} at step {step + 1}")
+            step = self.progress.phase_step + 1
+            raise NotFiniteError(f"loss is {value} at step {step}")
         loss.backward()
-        parameters = at_work.state.parameters.values()
-        self.workers.add_gradients(parameters)
-        norm = clip_gradients(parameters, CLIP_NORM)
-        if not math.isfinite(norm):
-            raise NotFiniteError(f"norm of the gradients is {norm} at step {step + 1}")
-        optimizer.step()
-        return value, phase.learning_rate * factor, loads
+        return value, loads
 
     def _loss(self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
         if phase.objective == "next-token":
