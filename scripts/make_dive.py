@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/dive"))
     parser.add_argument("--out", type=Path, default=Path("docs/dive_results.md"))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=36)
     arguments = parser.parse_args()
     domains = write_texts(arguments.data_dir, arguments.runs / "texts")
     for method in METHODS:
