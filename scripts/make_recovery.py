@@ -59,7 +59,7 @@ def rows(steps: int) -> list[Row]:
     distill = ("preset=distill-2k",)
     table: list[tuple[str, str, tuple[str, ...]]]
     table = [(method, "distill-2k", distill) for method in METHODS]
-    table += [("cmoe", "next token", (*distill, "objective=next-token"))]
+    table += [("cmoe", "distill-2k on next tokens", (*distill, "objective=next-token"))]
     table += [("cmoe", "cmoe-2k", ("preset=cmoe-2k",))]
     return [
         Row(method, name, (*settings, *SHAPE, f"steps={steps}")) for method, name, settings in table
@@ -149,15 +149,15 @@ def main() -> None:
 HEADER = """# Recovery by a short fine-tuning
 
 Made by `scripts/make_recovery.py` (`make recovery DATA_DIR=...`) on SmolLM2-135M with half of the
-FFN's neurons active. Every conversion starts from the same calibration (16,384 tokens of other
-text) and is trained on the same windows in the same order, {steps} steps of 4 of 256 tokens, drawn
-from the validation split of WikiText-2 and from instructions of several tasks, about as much of
-each; the published amount is 4.2 million tokens. "next token" is distill-2k with the loss of
-cmoe-2k. Quality is measured on 8 windows of 1,024 tokens of the raw WikiText-2 test split, which
-neither calibration nor training nor the choice of the best weights has seen. "Closed": by how much
-KL, and the difference of the perplexity from the dense one, sank. "KL, bundled text": on windows of
-other text (the built-in held-out text), on which the best weights are chosen. "FFN FLOPs": what the
-measured tokens cost, over the dense FFN's. Minutes are those of the training's steps on two cores.
+FFN's neurons active. Every conversion starts from the same calibration (16,384 tokens of
+instructions and of ten domains) and is trained on the same windows in the same order, {steps} steps
+of 4 of 256 tokens, drawn from the validation split of WikiText-2 and from the instructions, about
+as much of each; the published amount is 4.2 million tokens. Quality is measured on 8 windows of
+1,024 tokens of the raw WikiText-2 test split, which neither calibration nor training nor the choice
+of the best weights has seen. "Closed": by how much KL, and the difference of the perplexity from
+the dense one, sank. "KL, bundled text": on windows of other text (the built-in held-out text), on
+which the best weights are chosen. "FFN FLOPs": what the measured tokens cost, over the dense FFN's.
+Minutes are those of the training's steps on two cores.
 """
 
 if __name__ == "__main__":
