@@ -159,7 +159,8 @@ chosen. All weights are then trained by `--preset downcycle` on the next token w
 load-balancing loss, {steps} steps of {tokens:,} tokens, with the same text and order for every
 start. Text: {documents:,} texts of 256 tokens, sampled from the dense model, one sixteenth of them
 held out; dense perplexity on those {dense:.3f}. Numbers are held-out perplexities, means over two
-seeds, which change the calibration sample, the split and the order of the text.
+seeds, which change the calibration sample, the split and the order of the text; "-": not
+reached with every seed.
 
 ![Held-out perplexity by step]({plot})
 
