@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from weaver.errors import WeaverError
 from weaver.training.sharding import clip_gradients, divided_like, whole
@@ -90,6 +91,13 @@ def test_two_processes_hold_half_of_every_layer(tmp_path: Path) -> None:
 def test_one_process_has_nothing_to_divide() -> None:
     with pytest.raises(WeaverError, match="1 process holds all weights"):
         Workers.join(sharded=True)
+
+
+def test_an_older_torch_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    with pytest.raises(WeaverError, match="cannot divide experts") as caught:
+        Workers.join(sharded=True)
+    assert "constraints.txt" in caught.value.fix
 
 
 def test_whole_tensors_stay_what_they_are() -> None:

@@ -45,6 +45,11 @@ def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def can_shard() -> bool:
+    """Whether this version of torch has all that ``shard_layers`` uses."""
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers of a model by name: the modules that hold an attention."""
     return {name: each for name, each in model.named_modules() if hasattr(each, ATTENTION)}

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from weaver.errors import WeaverError
 from weaver.training.balance import ExpertLoad
-from weaver.training.sharding import shard_layers
+from weaver.training.sharding import can_shard, shard_layers
 
 T = TypeVar("T")
 
@@ -50,11 +50,17 @@ class Workers:
         """Join the others, if this process was started with others.
 
         Raises:
-            WeaverError: weights are to be divided among one process.
+            WeaverError: weights are to be divided among one process, or by a torch too old for it.
         """
         # Without this word accelerate takes processes on a machine without a GPU for strangers.
         on_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
         workers = cls(PartialState(cpu=on_cpu), precision, sharded)
+        if sharded and not can_shard():
+            raise WeaverError(
+                f"--shard: torch {torch.__version__} cannot divide experts",
+                why="its FSDP has no zero gradients for what the tokens of a process did not use",
+                fix="install the torch of constraints.txt, or leave --shard out",
+            )
         if sharded and workers.count == 1:
             raise WeaverError(
                 "--shard: 1 process holds all weights",
