@@ -15,6 +15,7 @@ import torch
 from weaver.artifacts.cache import cache_lock
 from weaver.kernels import costs
 from weaver.kernels.costs import TOKENS, Costs, Family, Workload, costs_of, measure
+from weaver.kernels.timing import Timing
 
 FAMILY = Family(8, 50, 10, torch.float32, "cpu", "torch", 1)
 # At 1, 4, 16, 64 and 256 tokens.
@@ -55,6 +56,14 @@ def test_seconds_between_and_beyond_what_was_measured() -> None:
     assert Costs.at(COSTS.masked, 448) == pytest.approx(70.0)
     # Noise that makes more tokens cheaper is not carried on.
     assert Costs.at((1.0, 1.0, 1.0, 2.0, 1.5), 1000) == pytest.approx(1.5)
+
+
+def test_a_busy_moment_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Timing((9.0, 1.0, 9.0))
+    monkeypatch.setattr(costs, "interleave", lambda runs, **_: dict.fromkeys(runs, slow))
+    found = measure(FAMILY)
+    assert found.dense == found.masked == found.routing == (1.0,) * len(TOKENS)
+    assert found.expert == (1 / 5,) * len(TOKENS)  # of five experts together
 
 
 def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
