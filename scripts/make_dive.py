@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ STAGES = ("partition", "build-router", "assemble")
 METHODS = ("flap", "dive")
 EVAL = ("eval.sequence_length=512", "eval.windows=40")
 ADAPTERS = "lora: {rank: 8, alpha: 16, targets: [ffn], also: [router, norms]}"
-SHAPE = "batch_size: 4, sequence_length: 256, learning_rate: 5.0e-4, balance_update: 0"
+SHAPE = (
+    "objective: next-token, batch_size: 4, sequence_length: 256, learning_rate: 5.0e-4, "
+    "balance_update: 0"
+)
 ROUTER = f"{{trainable: router, temperature: 1.0, schedule: constant, {SHAPE}, steps: %d}}"
 EXPERTS = f"{{trainable: lora, {ADAPTERS}, {SHAPE}, steps: %d}}"
 
@@ -74,6 +78,7 @@ def run_method(method: str, runs: Path, domains: int, steps: int) -> None:
     phases = [ROUTER % routers] * bool(routers) + [EXPERTS % (steps - routers)]
     training = [f"finetune.data=[{train}]", f"finetune.phases=[{', '.join(phases)}]"]
     training += ["finetune.best_by=perplexity", "finetune.evaluate_every=30"]
+    training += ["finetune.eval_data=[builtin:held-out]"]
     weaver("finetune", *common, *set_words(training))
     weaver("eval", *common, *evaluate, "--force")
 
@@ -116,7 +121,9 @@ def main() -> None:
     dense = read_json(arguments.runs / "flap/eval/results.json")["dense"]["perplexity"]
     affinity = read_json(arguments.runs / "dive/partition/manifest.json")["summary"]["affinity"]
     text = HEADER.format(domains=", ".join(domains), dense=dense, steps=arguments.steps)
-    arguments.out.write_text(f"{text}\n{table(arguments.runs)}\n\n{_clusters(affinity)}\n")
+    paragraphs = ["# DIVE against FLAP", textwrap.fill(text.strip(), 100)]
+    paragraphs += [table(arguments.runs), _clusters(affinity)]
+    arguments.out.write_text("\n\n".join(paragraphs) + "\n")
 
 
 def _clusters(affinity: dict[str, Any]) -> str:
@@ -129,8 +136,7 @@ def _clusters(affinity: dict[str, Any]) -> str:
     return "\n".join(["Domains of each of DIVE's experts:", "", *lines])
 
 
-HEADER = """# DIVE against FLAP
-
+HEADER = """
 Made by `scripts/make_dive.py` on SmolLM2-135M with text of {domains}. Half of the FFN's neurons are
 active for a token in both. {steps} steps of 4 windows of 256 tokens on the next token, adapters of
 rank 8 on the FFN and all norms; of DIVE's steps one sixth trains the routers alone. Measured on

@@ -23,7 +23,7 @@ def test_the_configuration_loads_and_names_what_exists(path: Path) -> None:
     resolve_options(spec, config.partition.options)
     assert config.router.kind is None or config.router.kind in ROUTERS
     assert parse_size(config.assemble.max_shard_size) > 0
-    finetune = config.finetune.data + config.finetune.eval_data if config.finetune else ()
+    finetune = config.finetune.data + (config.finetune.eval_data or ()) if config.finetune else ()
     for text in (*config.calibrate.data, *config.eval.data, *finetune):
         location = parse_data_spec(text).location
         if location.startswith("builtin:"):

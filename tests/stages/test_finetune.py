@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from tiny_runs import run_config, run_stages, run_values, run_weaver, write_config
 from transformers import AutoModelForCausalLM
 
+from weaver.artifacts.manifest import InputRef
 from weaver.errors import WeaverError
 
 SHORT = {"batch_size": 2, "sequence_length": 64, "warmup_steps": 1}
 GUARD = {
-    **{"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 2},
-    "precision": "float32",
+    **{"eval_data": ["builtin:held-out"], "eval_windows": 2, "eval_sequence_length": 64},
+    **{"evaluate_every": 2, "precision": "float32"},
 }
 
 
@@ -183,3 +185,18 @@ def test_a_training_that_diverges_leaves_its_best_weights(tiny_llama: Path, tmp_
         before, after = tensors(run_dir / "model"), tensors(run_dir / "finetune" / "model")
         assert before.keys() == after.keys()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_guard_measures_on_text_that_is_kept_from_training(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    def inputs(eval_data: list[str] | None, folder: str) -> Mapping[str, InputRef]:
+        finetune = {**GUARD, **SHORT, "steps": 1, "eval_data": eval_data}
+        config = run_config(tiny_llama, finetune=finetune)
+        return run_stages(config, tmp_path / folder, until="finetune")["finetune"].request.inputs
+
+    found, beside = inputs(None, "held out"), inputs(["builtin:calibration"], "named")
+    assert found["eval_data"].path == "part of data"
+    assert found["data"].path == beside["data"].path == "builtin:calibration"
+    for name in ("data", "eval_data"):
+        assert found[name].digest != beside[name].digest

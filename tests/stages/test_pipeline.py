@@ -197,6 +197,7 @@ def test_fine_tuning_lowers_the_loss_and_eval_measures_its_model(
     finetune = {
         "data": [str(text)],
         "trainable": trainable,
+        "objective": "next-token",
         "steps": 12,
         "batch_size": 4,
         "sequence_length": 32,

@@ -279,7 +279,7 @@ def test_experts_inside_experts_are_trained(run_dir: Path, tmp_path: Path) -> No
     shutil.copytree(run_dir, copy)
     before = AutoModelForCausalLM.from_pretrained(copy / "model").state_dict()
     words = ["--steps", "2", "--batch-size", "2", "--sequence-length", "32"]
-    by_perplexity = ["--set", "finetune.best_by=perplexity"]
+    by_perplexity = ["--objective", "next-token", "--set", "finetune.best_by=perplexity"]
     done = run_weaver(
         "finetune", "--run-dir", copy, *words, "--learning-rate", "1e-3", *by_perplexity
     )

@@ -20,7 +20,9 @@ from weaver.training.loop import finetune
 from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
-CONFIG = FinetuneConfig(steps=5, batch_size=2, warmup_steps=1, checkpoint_every=2)
+CONFIG = FinetuneConfig(
+    objective="next-token", steps=5, batch_size=2, warmup_steps=1, checkpoint_every=2
+)
 
 
 class InterruptionError(Exception):

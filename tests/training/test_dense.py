@@ -83,7 +83,8 @@ def test_routing_is_sparse_again_after_an_error(model: PreTrainedModel) -> None:
 def test_router_training_moves_the_routers_alone(model: PreTrainedModel, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"temperature": 1.0, "trainable": "router", "steps": 12, "learning_rate": 1e-2}
-    config = FinetuneConfig(**{**settings, "balance_update": 0, "warmup_steps": 0})
+    settings |= {"objective": "next-token", "balance_update": 0, "warmup_steps": 0}
+    config = FinetuneConfig.model_validate(settings)
     losses = []
 
     def on_step(report: StepReport) -> None:
@@ -100,7 +101,7 @@ def test_router_training_moves_the_routers_alone(model: PreTrainedModel, tmp_pat
 
 def test_summands_cannot_be_averaged(tiny_llama: Path, tmp_path: Path) -> None:
     model = converted(tiny_llama, tmp_path / "moe", softmax=False)
-    config = FinetuneConfig(temperature=1.0, trainable="router", steps=1)
+    config = FinetuneConfig(objective="next-token", temperature=1.0, trainable="router", steps=1)
     with pytest.raises(WeaverError, match="temperature needs experts with softmax weights"):
         finetune(model, [random_ids(4, 16)], config, seed=0, checkpoint_dir=tmp_path)
     with pytest.raises(WeaverError, match=r"model\.layers\.0\.mlp") as error:

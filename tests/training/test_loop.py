@@ -18,7 +18,13 @@ from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 CONFIG = FinetuneConfig(
-    steps=7, batch_size=4, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, weight_decay=0.1
+    objective="next-token",
+    steps=7,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    checkpoint_every=2,
+    weight_decay=0.1,
 )
 
 
@@ -66,9 +72,9 @@ def test_first_step_is_adamw_by_hand(
     make_model: ModelFactory, windows_WT: Tensor, tmp_path: Path
 ) -> None:
     # After one step both bias-corrected moments are g and g^2: the update is lr * g / (|g| + eps).
-    config = FinetuneConfig(
-        steps=1, batch_size=6, warmup_steps=0, learning_rate=1e-3, router_scale_learning_rate=0.5
-    )
+    update = {"steps": 1, "batch_size": 6, "warmup_steps": 0, "learning_rate": 1e-3}
+    update |= {"router_scale_learning_rate": 0.5, "weight_decay": 0.0}
+    config = CONFIG.model_copy(update=update)
     model, before = make_model(), make_model().state_dict()
     finetune(model, [windows_WT], config, seed=0, checkpoint_dir=tmp_path)
     gradients = {n: p.grad for n, p in model.named_parameters()}

@@ -22,7 +22,7 @@ from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 Evaluate = Callable[[PreTrainedModel], HeldOut]
-SHORT = {"batch_size": 2, "warmup_steps": 1}
+SHORT = {"objective": "next-token", "batch_size": 2, "warmup_steps": 1}
 PHASES: list[dict[str, Any]] = [
     {**SHORT, "trainable": "router", "steps": 3, "learning_rate": 0.05},
     {

@@ -24,16 +24,16 @@ def test_the_names_that_are_written_out_are_the_table() -> None:
 
 def test_a_flat_section_is_one_phase() -> None:
     (phase,) = resolve_phases(parse(steps=7, learning_rate=1e-4))
-    assert phase == PhaseConfig(steps=7, learning_rate=1e-4)
+    assert phase == PhaseConfig(steps=7, learning_rate=1e-4, distill_weight=1.0)
     assert type(phase) is PhaseConfig
 
 
 def test_defaults_are_filled_in() -> None:
-    config = parse(
-        phases=[{"objective": "distill"}, {"trainable": "lora"}, {"tokens": 4 * 256 * 3 + 1}]
+    lora_phase = {"trainable": "lora", "objective": "next-token"}
+    distill, lora, tokens = resolve_phases(
+        parse(phases=[{}, lora_phase, {"tokens": 4 * 256 * 3 + 1}])
     )
-    distill, lora, tokens = resolve_phases(config)
-    assert distill.distill_weight == 1.0
+    assert (distill.objective, distill.distill_weight) == ("distill", 1.0)
     assert lora.lora == AdapterConfig()
     assert lora.distill_weight is None
     assert (tokens.steps, tokens.tokens) == (4, None)
@@ -74,7 +74,10 @@ def test_a_key_that_does_nothing_in_a_preset_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"distill_weight": 0.5}, "distill_weight does nothing without objective: distill"),
+        (
+            {"objective": "next-token", "distill_weight": 0.5},
+            "distill_weight does nothing without objective: distill",
+        ),
         ({"objective": "distill", "distill_weight": 0.0}, "distill_weight: .* greater than 0"),
         ({"objective": "distill", "distill_weight": 1.1}, "distill_weight: .* less than or equal"),
         ({"lora": {"rank": 4}}, "lora does nothing without trainable: lora"),

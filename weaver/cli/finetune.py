@@ -27,7 +27,7 @@ def finetune(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="next-token, or distill for the dense model's predictions."),
+        typer.Option(help="distill for the dense model's predictions, or next-token."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,

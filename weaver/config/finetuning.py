@@ -35,7 +35,7 @@ class PhaseConfig(Section):
 
     trainable: Literal["all", "router", "lora"] = "all"
     lora: AdapterConfig | None = None
-    objective: Literal["next-token", "distill"] = "next-token"
+    objective: Literal["distill", "next-token"] = "distill"
     distill_weight: float | None = Field(None, gt=0, le=1)
     steps: int = Field(50, gt=0)
     tokens: int | None = Field(None, gt=0)
@@ -86,8 +86,9 @@ class FinetuneConfig(PhaseConfig):
     Beside ``preset`` the keys of a phase that are given replace the preset's, in each of its
     phases; beside ``phases``, which say everything themselves, they are refused. On
     ``eval_windows`` windows of ``eval_data`` the model is compared with the dense one every
-    ``evaluate_every`` steps; the weights with the lowest ``best_by`` are the result. A phase ends
-    after ``patience`` evaluations without a new best (None: never). ``precision`` is that of matrix
+    ``evaluate_every`` steps; the weights with the lowest ``best_by`` are the result. Left out,
+    ``eval_data`` are windows spread over ``data``, which are not trained on. A phase ends after
+    ``patience`` evaluations without a new best (None: never). ``precision`` is that of matrix
     products; "auto" is bfloat16 where the device is fast at it. Weights are trained in float32.
     """
 
@@ -95,7 +96,7 @@ class FinetuneConfig(PhaseConfig):
     preset: Literal["cmoe-2k", "distill-2k", "dive", "downcycle"] | None = None
     phases: tuple[PhaseConfig, ...] | None = Field(None, min_length=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    eval_data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
+    eval_data: tuple[str, ...] | None = Field(None, min_length=1)
     eval_windows: int = Field(4, gt=0)
     eval_sequence_length: int = Field(256, gt=1)
     evaluate_every: int = Field(10, gt=0)

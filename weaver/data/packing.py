@@ -160,7 +160,7 @@ def windows(
         raise ValueError("sequence_length and limit are positive")
     text = "\n\n".join(document.text for document in _take_turns(by_group(documents)))
     ids = _token_ids(tokenizer, text)
-    prefix, _ = _separators(tokenizer)
+    prefix, _ = separators(tokenizer)
     body = sequence_length - len(prefix)
     count = len(ids) // body if body > 0 else 0
     if count == 0:
@@ -217,7 +217,7 @@ def group_samples(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> Iterator[Sample]:
     """The first piece of every document, then the second of those that are longer, and so on."""
-    prefix, suffix = _separators(tokenizer)
+    prefix, suffix = separators(tokenizer)
     # A separator that fills the whole sample would leave no text.
     body = max(limit - len(prefix) - len(suffix), 1)
     rests: deque[tuple[list[int], str]] = deque()
@@ -252,7 +252,8 @@ def _take_turns(queues: Iterable[Iterable[ItemT]]) -> Iterator[ItemT]:
             break
 
 
-def _separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What stands before a text, and after it, in what the model was trained on."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and bos in tokenizer("", add_special_tokens=True)["input_ids"]:
         return [int(bos)], []

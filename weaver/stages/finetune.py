@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, values_digest
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
-from weaver.data.packing import windows
+from weaver.data.holdout import hold_out
+from weaver.data.packing import separators, windows
 from weaver.data.sources import parse_data_spec, read_documents
 from weaver.errors import WeaverError
 from weaver.kernels.machine import cpu_features
@@ -44,7 +45,8 @@ def finetune(
 
     Training runs in float32 whatever the stored dtype is: 16-bit weights would swallow small
     updates. The result is stored in the dtype of the assembled model. The dense model, which the
-    held-out evaluations compare with and ``distill`` learns from, is loaded beside it.
+    held-out evaluations compare with and ``distill`` learns from, is loaded beside it. Unless
+    ``eval_data`` names a text, the evaluations read windows of ``data`` that are not trained on.
 
     Several processes (``torchrun``, ``accelerate launch``) train together; all of them run this,
     and the main one alone writes.
@@ -65,11 +67,7 @@ def finetune(
     phases = resolve_phases(config)
     workers = Workers.join(_precision(config), sharded=shard)
     _check_batches(phases, workers)
-    lengths = sorted({phase.sequence_length for phase in phases})
-    texts = {n: _windows(context, config.data, tokenizer, n, limit=None) for n in lengths}
-    held_out_WT = _windows(
-        context, config.eval_data, tokenizer, config.eval_sequence_length, config.eval_windows
-    )
+    texts, held_out_WT = _texts(context, config, phases, tokenizer)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
@@ -77,7 +75,9 @@ def finetune(
         inputs={
             "assemble": converted.ref,
             "data": _data_ref(config.data, texts),
-            "eval_data": _data_ref(config.eval_data, {config.eval_sequence_length: held_out_WT}),
+            "eval_data": _data_ref(
+                config.eval_data or ["part of data"], {config.eval_sequence_length: held_out_WT}
+            ),
         },
     )
     run = StageRun(context, request, converted.manifest.model, converted.manifest.dtype)
@@ -124,6 +124,24 @@ def _check_batches(phases: Sequence[PhaseConfig], workers: Workers) -> None:
 def _logs(context: StageContext) -> Path:
     """Beside the stage's folder: what trackers write is no output of the stage."""
     return context.run_dir / "logs"
+
+
+def _texts(
+    context: StageContext,
+    config: FinetuneConfig,
+    phases: Sequence[PhaseConfig],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Windows to train on by their length, and the guard's."""
+    lengths = sorted({phase.sequence_length for phase in phases})
+    texts = {n: _windows(context, config.data, tokenizer, n, limit=None) for n in lengths}
+    length, count = config.eval_sequence_length, config.eval_windows
+    if config.eval_data is not None:
+        return texts, _windows(context, config.eval_data, tokenizer, length, limit=count)
+    text_WT = _windows(context, config.data, tokenizer, length, limit=None)
+    prefix = len(separators(tokenizer)[0])
+    held_out_WT, rest = hold_out(text_WT, count, texts, prefix=prefix)
+    return rest, held_out_WT
 
 
 def _windows(

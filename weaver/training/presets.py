@@ -45,6 +45,7 @@ PRESETS: dict[str, Preset] = {
                 PhaseConfig(
                     trainable="lora",
                     lora=AdapterConfig(rank=8, alpha=32.0, dropout=0.1, also=("router-scale",)),
+                    objective="next-token",
                     tokens=TOKENS_2K,
                     batch_size=8,
                     sequence_length=2048,
@@ -83,6 +84,7 @@ PRESETS: dict[str, Preset] = {
                 PhaseConfig(
                     trainable="router",
                     temperature=1.0,
+                    objective="next-token",
                     tokens=TOKENS_2K // 10,
                     batch_size=8,
                     sequence_length=2048,
@@ -96,6 +98,7 @@ PRESETS: dict[str, Preset] = {
                     lora=AdapterConfig(
                         rank=8, alpha=16.0, targets=("ffn",), also=("router", "norms")
                     ),
+                    objective="next-token",
                     tokens=TOKENS_2K,
                     batch_size=8,
                     sequence_length=2048,
@@ -111,6 +114,7 @@ PRESETS: dict[str, Preset] = {
             summary="continued pretraining of all weights with a load-balancing loss",
             phases=(
                 PhaseConfig(
+                    objective="next-token",
                     tokens=16 * TOKENS_2K,
                     batch_size=8,
                     sequence_length=2048,
