@@ -10,6 +10,9 @@ from byte_tokenizer import byte_tokenizer
 from tiny_models import save_tiny_model
 from transformers import PreTrainedTokenizerFast
 
+from weaver.kernels.costs import TOKENS, Costs, Family
+from weaver.models import forecast
+
 # Messages are compared word by word; a narrow terminal would break them inside table cells. Set
 # before weaver's console is made, and inherited by the processes that tests start.
 os.environ["COLUMNS"] = "250"
@@ -36,3 +39,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=512,
     )
     return folder
+
+
+@pytest.fixture
+def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed-ups are predicted from made-up times, as if routing always took more than is saved.
+
+    Every way to compute an FFN takes a second, and its router a tenth of one per expert: times that
+    are measured differ from machine to machine and from minute to minute.
+    """
+
+    def costs_of(family: Family) -> Costs:
+        second = (1.0,) * len(TOKENS)
+        routing = (0.1 * (family.neurons // family.width),) * len(TOKENS)
+        return Costs(dense=second, masked=second, expert=second, routing=routing)
+
+    monkeypatch.setattr(forecast, "costs_of", costs_of)

@@ -227,7 +227,10 @@ def test_both_paths_of_a_threshold_have_the_same_gradients(
     for name, masked in found[0].items():
         assert masked is not None, name
         assert masked.abs().max() > 0, name
-        torch.testing.assert_close(found[1][name], masked, rtol=1e-5, atol=1e-5, msg=name)
+        # The router's parameters are float32: what nearly cancels is as exact as the largest sum.
+        torch.testing.assert_close(
+            found[1][name], masked, rtol=1e-5, atol=1e-5 * float(masked.abs().max())
+        )
 
 
 @pytest.mark.parametrize("path", ["masked", "grouped"])
