@@ -60,7 +60,7 @@ def test_loss_and_gradients_equal_the_plain_ones(
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
 
-    loss = training_loss(model, windows_WT, logit_bytes=tokens_per_chunk * 4 * 40)
+    loss = training_loss(model, windows_WT, chunk=tokens_per_chunk)
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
@@ -76,7 +76,7 @@ def test_logits_stay_within_the_limit(
     model = make_model()
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[0]))
-    training_loss(model, windows_WT, logit_bytes=10 * 4 * 40 + 3)
+    training_loss(model, windows_WT, chunk=10)
     assert rows == [10] * 6 + [6]
 
 
@@ -128,7 +128,7 @@ def test_distillation_and_its_gradients_equal_the_plain_ones(
         windows_WT,
         teacher=dense,
         distill_weight=weight,
-        logit_bytes=tokens_per_chunk * 4 * 40,
+        chunk=tokens_per_chunk,
     )
     loss.backward()
     exact = float64_losses(model, dense, windows_WT)
@@ -157,8 +157,7 @@ def test_chunks_share_a_trained_head_under_autocast(tied: bool, windows_WT: Tens
     for tokens_per_chunk in (7, 1000):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            limit = tokens_per_chunk * 4 * 40
-            loss = training_loss(model, windows_WT, teacher=dense, logit_bytes=limit)
+            loss = training_loss(model, windows_WT, teacher=dense, chunk=tokens_per_chunk)
         loss.backward()
         gradient = model.lm_head.weight.grad
         assert gradient is not None
@@ -220,7 +219,7 @@ def test_logits_of_each_model_stay_within_the_limit(
     rows: list[int] = []
     for each in (model, dense):
         each.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[0]))
-    training_loss(model, windows_WT, teacher=dense, logit_bytes=10 * 4 * 40 + 3)
+    training_loss(model, windows_WT, teacher=dense, chunk=10)
     assert rows == [10] * 12 + [6] * 2
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from weaver.errors import WeaverError
-from weaver.evaluation.logits import CHUNK, chunked_logits, require_usable
+from weaver.evaluation.logits import chunked_logits, require_usable
+from weaver.models.head import chunk_tokens
 
 OnWindow = Callable[[int], None]
 
@@ -70,7 +71,7 @@ def perplexity(
     model: PreTrainedModel,
     windows_WT: Tensor,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     on_window: OnWindow | None = None,
 ) -> WindowLosses:
     """Losses of one model on windows of text.
@@ -80,7 +81,7 @@ def perplexity(
     Args:
         model: a causal LM.
         windows_WT: token ids, int64, (W, T).
-        chunk: tokens per block of logits.
+        chunk: tokens per block of logits; what suits the model's device if left out.
         on_window: called with the number of windows done.
     Returns:
         Per-window losses; ``.perplexity`` is ``exp`` of their mean.
@@ -106,7 +107,7 @@ def compare(
     converted: PreTrainedModel,
     windows_WT: Tensor,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     on_window: OnWindow | None = None,
 ) -> Comparison:
     """Losses of both models and the distance between their predictions, in one pass.
@@ -118,7 +119,8 @@ def compare(
         dense: the dense model.
         converted: the converted model, with the same vocabulary.
         windows_WT: token ids, int64, (W, T).
-        chunk: tokens per block of logits; one block per model exists at a time.
+        chunk: tokens per block of logits, of which one per model exists at a time; what suits the
+            converted model's device if left out.
         on_window: called with the number of windows done.
     Raises:
         ValueError: the windows are not (W >= 1, T >= 2).
@@ -126,6 +128,7 @@ def compare(
     """
     _check_windows(windows_WT)
     _check_vocabularies(dense, converted)
+    chunk = chunk_tokens(converted) if chunk is None else chunk
     rows: list[tuple[float, float, float, float]] = []
     for window, ids_T in enumerate(windows_WT):
         sums = torch.zeros(4, dtype=torch.float64)
@@ -177,7 +180,7 @@ def chunk_sums(
 
 
 def _log_probabilities(
-    model: PreTrainedModel, ids_T: Tensor, chunk: int
+    model: PreTrainedModel, ids_T: Tensor, chunk: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities in chunks with the token each position predicts; the last predicts none."""
     start = 0

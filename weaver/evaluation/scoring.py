@@ -19,7 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.errors import WeaverError
-from weaver.evaluation.logits import CHUNK, final_hidden, project, require_usable
+from weaver.evaluation.logits import final_hidden, project, require_usable
+from weaver.models.head import chunk_tokens
 
 # Longer packs save calls, but the masked attention between questions is wasted work that grows
 # with the square of the pack.
@@ -241,8 +242,9 @@ def _scores(
     )
     log_p, greedy = [], []
     device = hidden_PD.device
+    chunk = chunk_tokens(model)
     for index_C, target_C in zip(
-        index_N.to(device).split(CHUNK), target_N.to(device).split(CHUNK), strict=True
+        index_N.to(device).split(chunk), target_N.to(device).split(chunk), strict=True
     ):
         logits_CV = project(model, hidden_PD[index_C])
         log_p_CV = functional.log_softmax(logits_CV, dim=-1)
