@@ -18,7 +18,8 @@ demo: $(INSTALLED) $(MODEL)/config.json
 	$(WEAVER) run configs/demo.yaml --run-dir runs/demo
 
 test: $(INSTALLED) $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadscope
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadscope \
+		--no-loadscope-reorder
 
 quality: $(INSTALLED)
 	$(VENV)/bin/ruff check .

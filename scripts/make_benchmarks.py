@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conversions import convert, weaver
 
-from weaver.artifacts.results import BenchResult
+from weaver.artifacts.bench_results import BenchResult
 from weaver.report.speeds import bench_columns, bench_title
 from weaver.report.tables import markdown_table
 

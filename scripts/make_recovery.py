@@ -35,7 +35,10 @@ TRAINING = {
     "evaluate_every": "50",
     "checkpoint_every": "50",
 }
-LONGER = {"steps": "240", "learning_rate": "1e-3", "eval_windows": "8"}
+LONGER = {
+    **{"steps": "300", "batch_size": "1", "sequence_length": "1024"},
+    **{"learning_rate": "1e-3", "eval_windows": "8"},
+}
 
 
 @dataclass(frozen=True)
@@ -176,13 +179,13 @@ Made by `scripts/make_recovery.py` (`make recovery DATA_DIR=...`) on SmolLM2-135
 FFN's neurons active. Every conversion starts from the same calibration (16,384 tokens of
 instructions and of ten domains) and is trained on the same windows in the same order, {steps} steps
 of 4 of 256 tokens, drawn from the validation split of WikiText-2 and from the instructions, about
-as much of each. The row "longer" is {longer} steps at half the rate on the validation split alone.
-The published amount is 4.2 million tokens. Quality is measured on 8 windows of 1,024 tokens of the
-raw WikiText-2 test split, which neither calibration nor training nor the choice of the best weights
-has seen. "Closed": by how much KL, and the difference of the perplexity from the dense one, sank.
-"KL, guard's text": on the windows on which the best weights are chosen, of the bundled held-out
-text; in the row "longer", of the end of the validation split, which is not trained on. "FFN FLOPs":
-what the measured tokens cost, over the dense FFN's.
+as much of each. The row "longer" is {longer} steps of one window of 1,024 tokens, at half the rate,
+on the validation split alone. The published amount is 4.2 million tokens. Quality is measured on 8
+windows of 1,024 tokens of the raw WikiText-2 test split, which neither calibration nor training nor
+the choice of the best weights has seen. "Closed": by how much KL, and the difference of the
+perplexity from the dense one, sank. "KL, guard's text": on the windows on which the best weights
+are chosen, of the bundled held-out text; in the row "longer", of the end of the validation split,
+which is not trained on. "FFN FLOPs": what the measured tokens cost, over the dense FFN's.
 Minutes are those of the training's steps on two cores.
 """
 

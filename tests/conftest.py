@@ -20,6 +20,12 @@ os.environ["COLUMNS"] = "250"
 os.environ["WEAVER_CACHE"] = str(Path(__file__).parents[1] / ".cache")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: at the end one worker would be alone with them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, item.path.name != "test_real_model.py"))
+
+
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per UTF-8 byte, with the byte as its id; bos 256, eos 257, pad 258."""

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 import weaver.cli.app
-from weaver.artifacts.results import BenchHeader, BenchResult, BenchRow
+from weaver.artifacts.bench_results import BenchHeader, BenchResult, BenchRow
 from weaver.cli.bench import FLAGS
 from weaver.cli.show_speeds import show_bench
 from weaver.evaluation import layers

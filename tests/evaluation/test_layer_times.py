@@ -7,7 +7,7 @@ import torch
 from fake_clock import Clock
 from torch import Tensor
 
-from weaver.artifacts.results import FfnLevel
+from weaver.artifacts.bench_results import FfnLevel
 from weaver.artifacts.types import ExpertLayout, Router
 from weaver.evaluation import layers
 from weaver.evaluation.layers import LayerCase, measure_layer, synthetic_case

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from weaver.artifacts.results import BenchHeader, BenchResult, BenchRow
+from weaver.artifacts.bench_results import BenchHeader, BenchResult, BenchRow
 from weaver.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curves_plot, speedup_plot
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -11,7 +11,7 @@ from tiny_conversions import ffns_of, load_converted
 from tiny_runs import run_config, run_stages
 from torch import Tensor, nn
 
-from weaver.artifacts.results import BenchRow, FfnLevel
+from weaver.artifacts.bench_results import BenchRow, FfnLevel
 from weaver.config.sections import BenchConfig, ModelConfig
 from weaver.errors import WeaverError
 from weaver.evaluation import layers

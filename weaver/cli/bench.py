@@ -16,7 +16,7 @@ from weaver.config.sections import BenchConfig
 from weaver.errors import WeaverError
 
 if TYPE_CHECKING:
-    from weaver.artifacts.results import BenchResult, FfnLevel
+    from weaver.artifacts.bench_results import BenchResult, FfnLevel
 
 
 class Level(StrEnum):

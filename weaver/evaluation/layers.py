@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.results import BenchRow, FfnLevel
+from weaver.artifacts.bench_results import BenchRow, FfnLevel
 from weaver.artifacts.types import ExpertLayout, Router
 from weaver.evaluation.baselines import Forward, dense_variants, transformers_forward
 from weaver.evaluation.speed import bench_row

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from weaver.artifacts.results import BenchHeader, BenchLevel, BenchRouting, BenchRow
+from weaver.artifacts.bench_results import BenchHeader, BenchLevel, BenchRouting, BenchRow
 from weaver.kernels.machine import cpu_mhz, cpu_name
 from weaver.kernels.timing import Timing, interleave
 

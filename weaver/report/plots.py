@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from weaver.artifacts.results import BenchResult, BenchRow
+from weaver.artifacts.bench_results import BenchResult, BenchRow
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 40, 60

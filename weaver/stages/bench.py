@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weaver.artifacts.bench_results import BenchResult, BenchRow
 from weaver.artifacts.manifest import StageManifest, StageRequest, peak_memory_bytes
-from weaver.artifacts.results import BenchResult, BenchRow
 from weaver.artifacts.store import write_json, write_text
 from weaver.config.sections import BenchConfig
 from weaver.data.packing import windows

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from weaver.artifacts.bench_results import BenchResult, BenchRouting, FfnLevel
 from weaver.artifacts.manifest import peak_memory_bytes
-from weaver.artifacts.results import BenchResult, BenchRouting, FfnLevel
 from weaver.config.sections import BenchConfig
 from weaver.errors import WeaverError
 from weaver.evaluation.layers import LayerCase, measure_layer, synthetic_case
