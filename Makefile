@@ -9,7 +9,7 @@ WEAVER := $(VENV)/bin/weaver
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: demo test quality results recovery benchmarks exports bench-gpu clean
+.PHONY: demo test quality results pacing recovery benchmarks exports bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -31,6 +31,10 @@ results: $(INSTALLED) $(MODEL)/config.json
 	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)
 	$(VENV)/bin/python scripts/make_task_table.py --data-dir $(DATA_DIR)
 	$(VENV)/bin/python scripts/check_prediction.py
+
+# KL by position and FLOPs on four kinds of text.
+pacing: $(INSTALLED) $(MODEL)/config.json
+	$(VENV)/bin/python scripts/make_pacing.py --data-dir $(DATA_DIR)
 
 # Trainings: short recoveries of half-sparse models, DIVE against FLAP, starts of downcycling.
 recovery: $(INSTALLED) $(MODEL)/config.json

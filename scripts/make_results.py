@@ -38,7 +38,7 @@ def is_finished(setting: Setting, row: Row) -> bool:
     return (setting.run_dir(row) / "eval" / MANIFEST).exists()
 
 
-def run_row(setting: Setting, row: Row, model: str, data_dir: Path) -> dict[str, Any]:
+def run_row(setting: Setting, row: Row, model: ModelConfig, data_dir: Path) -> dict[str, Any]:
     """Convert and evaluate one row; finished stages are skipped.
 
     Returns:
@@ -46,7 +46,7 @@ def run_row(setting: Setting, row: Row, model: str, data_dir: Path) -> dict[str,
     """
     print(setting.group, row.folder, flush=True)
     config = RunConfig(
-        model=ModelConfig(path=model),
+        model=model,
         calibrate=setting.calibrate,
         partition=row.partition,
         router=row.router,
@@ -77,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--model", default="models/smollm2-135m", help="Any local checkpoint.")
+    parser.add_argument("--dtype", default="auto", help="Of the conversion: auto, float32, ...")
     parser.add_argument("--runs", type=Path, default=RUNS, help="One folder per model.")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--settings", nargs="+", help="Only these tables, on the terminal.")
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="Only rows whose folder is named here.")
     arguments = parser.parse_args()
     quiet_libraries()
+    model = ModelConfig(path=arguments.model, dtype=arguments.dtype)
     write_texts(arguments.runs, arguments.data_dir)
     parts = [HEADER.format(model=Path(arguments.model).name)]
     for setting in settings(arguments.runs):
@@ -92,7 +94,7 @@ def main() -> None:
         rows = [row for row in setting.rows if not arguments.rows or row.folder in arguments.rows]
         if arguments.finished:
             rows = [row for row in rows if is_finished(setting, row)]
-        results = [run_row(setting, row, arguments.model, arguments.data_dir) for row in rows]
+        results = [run_row(setting, row, model, arguments.data_dir) for row in rows]
         if results:
             parts += [describe(setting, results), ""]
     if arguments.settings or arguments.rows:

@@ -8,7 +8,11 @@ import torch
 from results_rows import Setting
 
 from weaver.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
+from weaver.evaluation.frontier import kl_at_flops
 from weaver.report.tables import format_number, format_percent, markdown_table
+
+# The rows between which weave's KL is interpolated.
+FRONTIER = ("weave", "weave, one slice less")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -18,7 +22,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "FFN sparsity",
         "KL (95% interval)",
         "KL less weave's (95% interval)",
-        "weave's KL over it",
+        "weave's KL over it, equal FLOPs",
         "perplexity",
         "top-1 agreement",
         "FFN FLOPs, measured",
@@ -26,34 +30,47 @@ def table(results: list[dict[str, Any]]) -> str:
     )
     rows = []
     first: dict[str, Any] | None = None
+    weave = [(_flops(each), each["kl"]) for each in results if each["row"].name in FRONTIER]
     for result in results:
         sparsity = result["row"].partition.sparsity
         generator = torch.Generator().manual_seed(0)
         mean, low, high = bootstrap_interval(result["windows"]["kl"], generator)
         if result["row"].name == "weave":
             first = result["windows"]
-        flops = result["measured_ffn_flops_per_token"] / result["dense"]["ffn_flops_per_token"]
         rows.append(
             (
                 result["row"].label,
                 format_percent(sparsity),
                 f"{mean:.3f} ({low:.3f}-{high:.3f})",
-                *against(result["windows"]["kl"], first["kl"] if first else None),
+                against(result["windows"]["kl"], first["kl"] if first else None),
+                _over(kl_at_flops(weave, _flops(result)), result),
                 format_number(result["moe"]["perplexity"]),
                 format_percent(result["top1_agreement"]),
-                f"{flops:.3f}",
+                f"{_flops(result):.3f}",
                 router_agreement(result["fidelity"]),
             )
         )
     return markdown_table(headers, rows)
 
 
-def against(kl: list[float], weave: list[float] | None) -> tuple[str, str]:
-    """Difference from weave's KL with a paired bootstrap interval over windows, and the ratio."""
+def against(kl: list[float], weave: list[float] | None) -> str:
+    """Difference from weave's KL with a paired bootstrap interval over windows."""
     if weave is None or kl == weave:
-        return "-", "-"
+        return "-"
     interval = paired_bootstrap(kl, weave, torch.Generator().manual_seed(0))
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval), f"{sum(weave) / sum(kl):.2f}"
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval)
+
+
+def _flops(result: dict[str, Any]) -> float:
+    measured: float = result["measured_ffn_flops_per_token"]
+    return measured / float(result["dense"]["ffn_flops_per_token"])
+
+
+def _over(weave: float | None, result: dict[str, Any]) -> str:
+    """weave's KL at the FLOPs that a row measured, between its own settings, over the row's."""
+    if weave is None or result["row"].name in FRONTIER:
+        return "-"
+    return f"{weave / result['kl']:.2f}"
 
 
 def router_agreement(layers: list[dict[str, float]]) -> str:

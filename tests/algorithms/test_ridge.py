@@ -168,3 +168,14 @@ def test_a_regression_without_tokens_or_candidates_is_refused() -> None:
         ShrunkRegression(2, 1, 2).solve(torch.zeros(2, 1), (0.1,))
     with pytest.raises(ValueError, match="needs tokens and at least one shrinkage"):
         _regression(torch.ones(3, 2), torch.ones(3, 1), 2, 3).solve(torch.zeros(2, 1), ())
+
+
+def test_a_weight_of_two_is_a_token_twice() -> None:
+    z_TP, y_TD, start_PD = _random(40, 3, seed=0), _random(40, 2, seed=1), torch.zeros(3, 2)
+    weighted, repeated = ShrunkRegression(3, 2, 3), ShrunkRegression(3, 2, 3)
+    weight_T = torch.ones(40)
+    weight_T[:10] = 2.0
+    weighted.add(z_TP, y_TD, weight_T)
+    repeated.add(torch.cat([z_TP, z_TP[:10]]), torch.cat([y_TD, y_TD[:10]]))
+    found_PD = weighted.solve(start_PD, (0.1,))
+    torch.testing.assert_close(found_PD, repeated.solve(start_PD, (0.1,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from weaver.algorithms.energy import pooled_moments
 from weaver.algorithms.glu import GluWeights, gate_activation, glu_hidden
 from weaver.algorithms.statistics import (
     LayerStatistics,
+    Moments,
     activation_rates,
+    error_weights,
     input_rows,
     marker_neurons,
     normalised,
@@ -234,3 +237,39 @@ def test_groups_together_are_all_tokens() -> None:
     )
     torch.testing.assert_close(mean_F, profile.hidden_mean_F)
     torch.testing.assert_close(variance_F, profile.hidden_variance_F)
+
+
+def test_errors_count_relative_to_the_size_of_the_output() -> None:
+    y_TD = torch.tensor([[3.0, 4.0], [0.03, 0.04], [0.0, 0.0]])
+    # Mean squares 12.5, 0.00125 and 0, and the norm's 1e-6.
+    expected = [1 / (12.5 + 1e-6), 1 / (0.00125 + 1e-6), 1e6]
+    assert error_weights(y_TD).tolist() == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=12), st.integers(0, 100))
+@settings(max_examples=25, deadline=None)
+def test_a_weight_is_as_good_as_a_repetition(weights: list[int], seed: int) -> None:
+    hidden_TF = torch.randn(len(weights), 3, generator=seeded(seed))
+    weight_T = torch.tensor(weights)
+    weighted, repeated = Moments(3), Moments(3)
+    half = len(weights) // 2
+    weighted.add(hidden_TF[:half], weight_T[:half].float())
+    weighted.add(hidden_TF[half:], weight_T[half:].float())
+    repeated.add(hidden_TF.repeat_interleave(weight_T, dim=0))
+    torch.testing.assert_close(weighted.mean_F, repeated.mean_F, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weighted.variance_F, repeated.variance_F, atol=1e-5, rtol=1e-4)
+
+
+def test_a_normalised_output_weights_moments_and_inputs() -> None:
+    weights = replace(random_weights(), normed_output=True)
+    x_TD = torch.randn(12, 4, generator=seeded(1))
+    statistics = LayerStatistics(weights, 1, 2, torch.tensor([1, 5, 7]), window=6)
+    statistics.update(x_TD, torch.zeros(12, dtype=torch.int64))
+    profile = statistics.finish(torch.zeros(1))
+    hidden_TF = glu_hidden(x_TD, weights)
+    weight_T = error_weights(hidden_TF @ weights.down_FD)
+    torch.testing.assert_close(profile.hidden_mean_F, weight_T @ hidden_TF / weight_T.sum())
+    assert profile.input_weights_N is not None
+    torch.testing.assert_close(profile.input_weights_N, weight_T[[1, 5, 7]])
+    assert profile.input_places_N is not None
+    assert profile.input_places_N.tolist() == [1, 5, 1]

@@ -12,6 +12,7 @@ from weaver.artifacts.results import (
     EvalResult,
     LayerUsage,
     ModelQuality,
+    PositionKl,
     TaskResult,
     WindowValues,
 )
@@ -35,6 +36,7 @@ def eval_result(**changes: Any) -> EvalResult:
         ),
         "measured_ffn_flops_per_token": 770,
         "kl": 0.2,
+        "kl_by_position": (PositionKl(first=1, last=1, kl=0.2, tokens=1),),
         "top1_agreement": 0.8,
         "tokens": 2047,
         "sequence_length": 2048,

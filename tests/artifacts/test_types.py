@@ -200,7 +200,12 @@ def test_a_compensation_of_one_tensor_each() -> None:
 
 def test_tensors_and_scalars() -> None:
     assert set(router().tensors()) == {"weight_ED", "scale_E", "balance_bias_E"}
-    assert router().scalars() == {"kind": "linear", "weighting": "unit", "routed_scaling": 1.0}
+    assert router().scalars() == {
+        "kind": "linear",
+        "weighting": "unit",
+        "routed_scaling": 1.0,
+        "threshold_slope": 0.0,
+    }
     again = Router.build({**router().tensors(), "of_another_version": NONE_S}, {"kind": "linear"})
     assert again.up_weight_ED is None
     # As routers were written before there was a choice.

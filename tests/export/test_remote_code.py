@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.export.remote import modeling_weaver
-from weaver.export.remote_code import SOURCE, add_remote_code
+from weaver.export.remote_code import PACING, SOURCE, add_remote_code
 from weaver.kernels import ops
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
@@ -185,6 +185,7 @@ def test_what_is_added_to_a_folder(tmp_path: Path) -> None:
         assert after == before
         now = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert now.pop("modeling_weaver.py") == SOURCE.read_bytes()
+        assert now.pop("pacing.py") == PACING.read_bytes()
         del now["config.json"]
         assert now == files
 
@@ -202,9 +203,15 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         add_remote_code(tmp_path)
 
 
-def test_the_file_needs_torch_and_transformers_only() -> None:
-    tree = ast.parse(SOURCE.read_text())
-    imported = {
+def test_the_files_need_torch_and_transformers_only() -> None:
+    assert _imported(SOURCE) == {"__future__", "typing", "torch", "transformers", "pacing"}
+    standard = {"__future__", "collections", "dataclasses", "inspect", "typing"}
+    assert _imported(PACING) == {"torch", "transformers"} | standard
+
+
+def _imported(source: Path) -> set[str]:
+    tree = ast.parse(source.read_text())
+    return {
         name.partition(".")[0]
         for node in ast.walk(tree)
         for name in (
@@ -215,7 +222,6 @@ def test_the_file_needs_torch_and_transformers_only() -> None:
             else []
         )
     }
-    assert imported == {"__future__", "typing", "torch", "transformers"}
 
 
 def remote_class(name: str) -> Any:

@@ -86,13 +86,14 @@ def test_sixteen_bit_is_as_near_to_the_truth_as_the_definition(
 def leaves(x_TD: Tensor, weights: GluWeights, routing: Routing) -> dict[str, Tensor]:
     named = {"x_TD": x_TD, "weights_P": routing.weights_P}
     named["expert_bias_ED"] = constants(weights, routing)
-    named |= {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "activation"}
+    values = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    named |= {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
 
 
 def gradients(forward: Any, leaf: dict[str, Tensor], routing: Routing, shared: int) -> list[Tensor]:
     apart = {"x_TD", "weights_P", "expert_bias_ED"}
-    named = {name: leaf[name] for name in leaf if name not in apart}
+    named: dict[str, Any] = {name: leaf[name] for name in leaf if name not in apart}
     weights = GluWeights(activation="silu", **named)
     routing = replace(routing, weights_P=leaf["weights_P"])
     y_TD = forward(leaf["x_TD"], weights, routing, shared, leaf["expert_bias_ED"])

@@ -225,11 +225,12 @@ def test_a_layer_is_its_routing_and_its_experts(
     weights = make_ffn(256, neurons, dtype=torch.float32, biases=True)
     router, (x_TD, bias_ED) = router_for(256, kind, weighting), inputs(tokens, 256)
     shared = neurons // 4
-    y_TD = layer_forward(x_TD, weights, router, top_k, selection, shared, bias_ED)
+    y_TD, counts_T = layer_forward(x_TD, weights, router, top_k, selection, shared, bias_ED)
     routing = route(x_TD, router, weights.activation, top_k, selection)
     assert 0 < routing.num_pairs < 4 * tokens
     expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
+    assert counts_T.tolist() == routing.counts_T().tolist()
     # A tiny layer, and decoding where the kernel can be compiled, need no costs.
     needless = neurons == 48 or (tokens <= DECODED and build.is_available())
     assert (asked == []) == needless
@@ -253,17 +254,17 @@ def test_a_few_tokens_are_decoded_in_one_call(
     calls: list[tuple[Any, ...]] = []
     decode = native.decode
 
-    def counted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
         calls.append(arguments[3:])
         return decode(*arguments)
 
     monkeypatch.setattr(native, "decode", counted)
-    y_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
-    assert calls == [(2, "threshold", neurons // 4, bias_ED)] * taken
+    y_TD, _ = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
+    assert calls == [(2, "threshold", neurons // 4, bias_ED, None)] * taken
     # What has gradients is computed by what can be differentiated.
     for tensor in (x_TD, router.weight_ED, router.scale_E, bias_ED):
         tensor.requires_grad_()
-        found_TD = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
+        found_TD, _ = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
         assert found_TD.requires_grad
         assert len(calls) == taken
         torch.testing.assert_close(found_TD, y_TD, rtol=1e-4, atol=1e-5)
@@ -300,7 +301,8 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     if top_k == 1:
         # A list of pairs has as many as the values say: it would wait for the GPU.
         monkeypatch.setattr(ops, "route_tokens", lambda *_: pytest.fail("pairs were counted"))
-    y_TD = layer_forward(x_TD, weights, router, top_k, selection, 10, bias_ED)
+    y_TD, counts_T = layer_forward(x_TD, weights, router, top_k, selection, 10, bias_ED)
+    assert counts_T.tolist() == routing.counts_T().tolist()
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
     slots = 1 if selection == "top-k" else 4
     assert shapes == ([(tokens, slots)] if top_k == 1 else [])

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weaver.algorithms.glu import glu_hidden
-from weaver.methods.selection import fit_scores, sampled_hidden, select, selection_threshold
+from weaver.artifacts.types import EARLY_TOKENS, EARLY_WEIGHT
+from weaver.methods.selection import (
+    fit_scores,
+    routed_inputs,
+    sampled_hidden,
+    select,
+    selection_threshold,
+    threshold_slope,
+)
 
 SCORES_TE = torch.tensor([[9.0, 8.0, 7.0], [1.0, 6.0, 2.0]])
 
@@ -41,6 +49,52 @@ def test_both_select_k_experts_per_token_on_average(
     skipped = scores_TE[~threshold_TE.bool()]
     assert skipped.numel() == 0 or float(chosen.min()) > float(skipped.max())
     assert select(scores_TE, top_k, "top-k").sum(1).tolist() == [top_k] * tokens
+
+
+def test_the_slope_is_that_of_the_scores_quantiles() -> None:
+    # Ten experts with scores 0 to 9 for each of 100 tokens: one expert is one unit of score.
+    scores_TE = torch.arange(10.0).expand(100, -1)
+    assert threshold_slope(scores_TE, 5) == pytest.approx(5 * 3 / 3)
+    # Between all experts and none there is no quantile to move to.
+    assert threshold_slope(scores_TE[:1, :1], 1) == 0.0
+
+
+@given(st.integers(1, 6), st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_a_threshold_that_follows_the_slope_selects_what_was_aimed_at(
+    top_k: int, seed: int
+) -> None:
+    scores_TE = torch.randn(4000, 12, generator=torch.Generator().manual_seed(seed))
+    scores_TE -= selection_threshold(scores_TE, top_k)
+    slope = threshold_slope(scores_TE, top_k)
+    for target in (0.8, 1.2):
+        used = float((scores_TE > slope * (1 - target)).sum()) / 4000
+        assert used == pytest.approx(target * top_k, rel=0.1)
+
+
+def test_first_tokens_are_not_for_the_router(make_profile: Any) -> None:
+    x_TD = torch.arange(12.0).view(6, 2)
+    places_N = torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
+    profile = make_profile(3, ffn_inputs_ND=x_TD, input_places_N=places_N)
+    assert routed_inputs(profile, "threshold").ffn_inputs_ND.tolist() == [[4, 5], [10, 11]]
+    assert routed_inputs(profile, "top-k") is profile
+    # Windows of first tokens alone leave nothing else to fit to.
+    first = make_profile(3, ffn_inputs_ND=x_TD[:2], input_places_N=places_N[:2])
+    assert routed_inputs(first, "threshold") is first
+
+
+def test_early_tokens_and_small_outputs_count_more(make_profile: Any) -> None:
+    places_N = torch.tensor([0, EARLY_TOKENS - 1, EARLY_TOKENS, 40], dtype=torch.int32)
+    weights_N = torch.tensor([1.0, 1.0, 1.0, 3.0])
+    profile = make_profile(
+        3, ffn_inputs_ND=torch.zeros(4, 2), input_places_N=places_N, input_weights_N=weights_N
+    )
+    expected_N = torch.tensor([EARLY_WEIGHT, EARLY_WEIGHT, 1.0, 3.0])
+    torch.testing.assert_close(profile.error_weights_N, expected_N / expected_N.mean())
+    plain = make_profile(3, ffn_inputs_ND=torch.zeros(4, 2))
+    assert plain.error_weights_N.tolist() == [1.0] * 4
+    assert not plain.first_tokens_N.any()
+    assert profile.keeping(torch.tensor([2, 3])).error_weights_N.tolist() == [0.5, 1.5]
 
 
 def test_scores_predict_the_root_of_the_contributions_norm() -> None:

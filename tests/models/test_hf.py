@@ -158,6 +158,7 @@ def test_every_layer_has_its_own_shape(open_tiny: OpenTiny, tmp_path: Path) -> N
         "selection": "top-k",
         "weighting": "unit",
         "routed_scaling": 1.0,
+        "threshold_slope": 0.0,
     }
 
 

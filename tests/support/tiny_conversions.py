@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,8 @@ def random_conversions(
         router = random_router(
             kind, experts, checkpoint.hidden_size, seed=layer, scale=scale, **combined
         )
+        if selection == "threshold":
+            router = replace(router, threshold_slope=5.0)
         conversions.append((layout, router if experts else None))
     return conversions
 

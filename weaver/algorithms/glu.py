@@ -38,6 +38,8 @@ class GluWeights:
         gate_bias_F: bias of the gate projection, (F,), or None.
         up_bias_F: bias of the up projection, (F,), or None.
         output_bias_D: bias of the down projection, (D,), or None.
+        normed_output: the decoder layer normalises y before it adds it to the hidden states
+            (Gemma 2 and 3, OLMo 2), so that errors count relative to the size of y.
     """
 
     gate_FD: Tensor
@@ -47,6 +49,7 @@ class GluWeights:
     gate_bias_F: Tensor | None = None
     up_bias_F: Tensor | None = None
     output_bias_D: Tensor | None = None
+    normed_output: bool = False
 
     @property
     def intermediate_size(self) -> int:

@@ -43,9 +43,9 @@ def ridge_fit(x_TD: Tensor, y_TE: Tensor, penalty: float) -> tuple[Tensor, Tenso
 class ShrunkRegression:
     """Least squares shrunk toward given coefficients, from sums over chunks of tokens.
 
-    ``min_B sum_t ||y_t - z_t B||^2 + lambda * m * ||(B - B0)_pen||^2``, with
-    ``G = sum_t z_t^T z_t`` and m the mean of G's penalised diagonal, is solved by
-    ``(G + lambda * m * I_pen) (B - B0) = sum_t z_t^T y_t - G B0``.
+    ``min_B sum_t w_t ||y_t - z_t B||^2 + lambda * m * ||(B - B0)_pen||^2``, with
+    ``G = sum_t w_t z_t^T z_t`` and m the mean of G's penalised diagonal, is solved by
+    ``(G + lambda * m * I_pen) (B - B0) = sum_t w_t z_t^T y_t - G B0``.
     Only the first ``penalised`` rows of B are shrunk; constants and indicators are held by a
     thousandth of their own diagonal, which keeps those solvable that never vary.
 
@@ -67,8 +67,11 @@ class ShrunkRegression:
         self._square_2 = torch.zeros(2, dtype=torch.float64)
         self._chunks = 0
 
-    def add(self, z_TP: Tensor, y_TD: Tensor) -> None:
-        """Add a chunk of tokens: regressors (T, P) and targets (T, D), float32."""
+    def add(self, z_TP: Tensor, y_TD: Tensor, weight_T: Tensor | None = None) -> None:
+        """Add a chunk of tokens: regressors (T, P), targets (T, D) and weights (T,), float32."""
+        if weight_T is not None and bool((weight_T != 1).any()):
+            root_T1 = weight_T.sqrt()[:, None]
+            z_TP, y_TD = z_TP * root_T1, y_TD * root_T1
         part = int(self._chunks % self.HELD_OUT == self.HELD_OUT - 1)
         self._gram_2PP[part].addmm_(z_TP.T, z_TP)
         self._cross_2PD[part].addmm_(z_TP.T, y_TD)

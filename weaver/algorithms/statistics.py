@@ -13,6 +13,9 @@ from weaver.artifacts.types import LayerProfile
 
 _CHUNK_TOKENS = 1024
 
+# Of the RMS norms behind the FFNs of Gemma and OLMo.
+_NORM_EPS = 1e-6
+
 
 def activation_rates(topk_neurons_TK: Tensor, intermediate_size: int) -> Tensor:
     """Fraction of tokens for which each neuron is among the K_a most active.
@@ -98,25 +101,49 @@ def sample_positions(tokens: int, rows: int, generator: torch.Generator) -> Tens
     return edges[:-1] + (offset * edges.diff()).long()
 
 
+def error_weights(y_TD: Tensor) -> Tensor:
+    """How much an error in an FFN's output counts where the layer normalises that output.
+
+    ``w_t = 1 / (||y_t||^2 / D + eps)``: behind the norm an error counts relative to the size of y.
+    A first token (BOS) whose output is a fiftieth of the others' counts 2,500 times as much, as it
+    does for the model; eps is that of the norm.
+
+    Args:
+        y_TD: outputs of the dense FFN, (T, D).
+    Returns:
+        float32, positive, (T,).
+    Source: the norm behind the FFN is Gemma 2's, arXiv:2408.00118.
+    """
+    return 1.0 / (y_TD.float().square().mean(1) + _NORM_EPS)
+
+
 class Moments:
-    """Mean and variance of neuron activations, merged chunk by chunk.
+    """Weighted mean and variance of neuron activations, merged chunk by chunk.
+
+    ``mean = sum_t w_t h_t / sum_t w_t``, and likewise the population variance; w is 1 if left out.
 
     The variance comes from centred sums (Chan, Golub and LeVeque), so that a mean much larger than
     the spread cancels nothing.
     """
 
     def __init__(self, neurons: int) -> None:
-        self.count = 0
+        self.count = 0.0
         self.mean_F = torch.zeros(neurons, dtype=torch.float64)
         self._square_F = torch.zeros(neurons, dtype=torch.float64)
 
-    def add(self, hidden_TF: Tensor) -> None:
-        """Add the activations of some tokens, (T, F)."""
-        count, seen = hidden_TF.shape[0], self.count
+    def add(self, hidden_TF: Tensor, weights_T: Tensor | None = None) -> None:
+        """Add the activations of some tokens, (T, F), and what each of them counts."""
+        seen = self.count
         hidden_TF = hidden_TF.float()
-        mean_F = hidden_TF.mean(0)
-        # Two passes: five times as fast as var_mean over the rows of a matrix.
-        spread_F = (hidden_TF - mean_F).square_().sum(0)
+        if weights_T is None:
+            count = float(hidden_TF.shape[0])
+            mean_F = hidden_TF.mean(0)
+            # Two passes: five times as fast as var_mean over the rows of a matrix.
+            spread_F = (hidden_TF - mean_F).square_().sum(0)
+        else:
+            count = float(weights_T.sum())
+            mean_F = weights_T @ hidden_TF / count
+            spread_F = weights_T @ (hidden_TF - mean_F).square_()
         apart_F = mean_F.double().cpu() - self.mean_F
         self._square_F += spread_F.double().cpu()
         self._square_F += apart_F.square() * (seen * count / (seen + count))
@@ -126,7 +153,7 @@ class Moments:
     @property
     def variance_F(self) -> Tensor:
         """Population variance, (F,); zeros before the first token."""
-        return self._square_F / max(1, self.count)
+        return self._square_F / (self.count or 1.0)
 
 
 class LayerStatistics:
@@ -143,6 +170,7 @@ class LayerStatistics:
             (see ``sample_positions``).
         sample_groups_M: group of each sample, (M,), to keep the moments of h by group as well.
         num_groups: G, of these groups.
+        window: T, tokens per window of the stream; None where it does not show windows one by one.
     """
 
     def __init__(
@@ -153,6 +181,7 @@ class LayerStatistics:
         input_positions_N: Tensor,
         sample_groups_M: Tensor | None = None,
         num_groups: int = 0,
+        window: int | None = None,
     ) -> None:
         neurons = weights.intermediate_size
         self._weights = weights
@@ -165,8 +194,11 @@ class LayerStatistics:
         self._moments = Moments(neurons)
         self._groups_M = sample_groups_M
         self._group_moments = [Moments(neurons) for _ in range(num_groups)]
+        self._group_tokens_G = torch.zeros(num_groups, dtype=torch.int64)
         self._markers: list[Tensor] = []
         self._inputs: list[Tensor] = []
+        self._input_weights: list[Tensor] = []
+        self._window = window
         self._tokens = 0
 
     def update(self, x_TD: Tensor, sample_ids_T: Tensor) -> None:
@@ -188,25 +220,36 @@ class LayerStatistics:
             self._add(x_TD[chunk], sample_ids_T[chunk])
 
     def _add(self, x_TD: Tensor, ids_T: Tensor) -> None:
-        self._keep_inputs(x_TD)
         self._markers.append(marker_neurons(x_TD, self._marker_weights, self._top_k).cpu())
         typed_TD = x_TD.to(self._weights.gate_FD.dtype)
         gate_TF = gate_activation(typed_TD, self._weights)
         self._add_gate(gate_TF, ids_T)
         up_TF = functional.linear(typed_TD, self._weights.up_FD, self._weights.up_bias_F)
         hidden_TF = gate_TF * up_TF
-        self._moments.add(hidden_TF)
+        weights_T = None
+        if self._weights.normed_output:
+            y_TD = hidden_TF @ self._weights.down_FD
+            if self._weights.output_bias_D is not None:
+                y_TD = y_TD + self._weights.output_bias_D
+            weights_T = error_weights(y_TD)
+        self._keep_inputs(x_TD, weights_T)
+        self._moments.add(hidden_TF, weights_T)
         if self._groups_M is not None:
             groups_T = self._groups_M[ids_T]
             for group in groups_T.unique().tolist():
-                self._group_moments[group].add(hidden_TF[groups_T == group])
+                here_T = groups_T == group
+                here_t = None if weights_T is None else weights_T[here_T]
+                self._group_moments[group].add(hidden_TF[here_T], here_t)
+                self._group_tokens_G[group] += int(here_T.sum())
         self._tokens += x_TD.shape[0]
 
-    def _keep_inputs(self, x_TD: Tensor) -> None:
+    def _keep_inputs(self, x_TD: Tensor, weights_T: Tensor | None) -> None:
         positions_N = self._positions_N - self._tokens
         here_n = positions_N[(positions_N >= 0) & (positions_N < x_TD.shape[0])]
         # Copied, so that the batch itself can be freed.
         self._inputs.append(x_TD[here_n].detach().cpu().clone())
+        if weights_T is not None:
+            self._input_weights.append(weights_T[here_n].cpu())
 
     def _add_gate(self, gate_TF: Tensor, ids_T: Tensor) -> None:
         samples_m, member_T = ids_T.unique(return_inverse=True)
@@ -242,16 +285,25 @@ class LayerStatistics:
             hidden_variance_F=self._moments.variance_F.float(),
             marker_neurons_TA=torch.cat(self._markers),
             ffn_inputs_ND=torch.cat(self._inputs),
+            input_places_N=self._places(),
+            input_weights_N=torch.cat(self._input_weights) if self._input_weights else None,
             tokens=self._tokens,
             **self._by_group(),
         )
+
+    def _places(self) -> Tensor | None:
+        """Places of the kept inputs in their windows."""
+        if self._window is None:
+            return None
+        kept_N = self._positions_N[self._positions_N < self._tokens]
+        return (kept_N % self._window).int()
 
     def _by_group(self) -> dict[str, Tensor]:
         moments = self._group_moments
         if not moments:
             return {}
         return {
-            "group_tokens_G": torch.tensor([each.count for each in moments]),
+            "group_tokens_G": self._group_tokens_G.clone(),
             "group_hidden_mean_GF": torch.stack([each.mean_F for each in moments]).float(),
             "group_hidden_variance_GF": torch.stack([each.variance_F for each in moments]).float(),
         }

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from weaver.artifacts.store import canonical_json, read_json, text_digest, write_json
 from weaver.errors import WeaverError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 _PACKAGES = ("weaver-moe", "torch", "transformers", "safetensors", "numpy", "scipy")
 

@@ -98,6 +98,22 @@ class WindowValues(Record):
         return self
 
 
+class PositionKl(Record):
+    """KL at a range of positions.
+
+    Args:
+        first: first position, counted from 1 at the start of a window.
+        last: last position; None for all that follow.
+        kl: mean KL(dense || converted) there, nats per token.
+        tokens: positions that the mean was taken over, in all windows.
+    """
+
+    first: int = Field(ge=1)
+    last: int | None
+    kl: float
+    tokens: int = Field(gt=0)
+
+
 class ModelQuality(Record):
     """Scores of one model, dense or converted.
 
@@ -201,6 +217,7 @@ class EvalResult(Record):
         kl: mean KL(dense || converted) in nats per token.
         predicted_kl: what the partition predicted it to be, on calibration text; None unless its
             allocation was ``fisher``, and after a fine-tuning.
+        kl_by_position: the same by ranges of positions in the windows.
         top1_agreement: share of positions where both models put the same token first.
         tokens: positions that predicted a token, W * (T - 1).
         sequence_length: T, tokens per window.
@@ -223,6 +240,7 @@ class EvalResult(Record):
     moe: ModelQuality
     measured_ffn_flops_per_token: int = Field(ge=0)
     kl: float = Field(ge=-1e-6)
+    kl_by_position: tuple[PositionKl, ...] = Field(min_length=1)
     predicted_kl: float | None = None
     top1_agreement: Share
     tokens: int = Field(gt=0)

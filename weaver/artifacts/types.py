@@ -7,7 +7,7 @@ holds; ``artifacts.store`` does the writing. Shape legend: see ``weaver.algorith
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,14 @@ Selection = Literal["top-k", "threshold"]
 SELECTIONS: tuple[Selection, ...] = ("top-k", "threshold")
 Weighting = Literal["unit", "softmax"]
 WEIGHTINGS: tuple[Weighting, ...] = ("unit", "softmax")
+
+# Tokens at the start of a sequence that run every expert of a layer with a threshold: all later
+# ones attend to them, and calibration text has too few of them for a fit.
+FIRST_TOKENS = 2
+
+# Tokens with little context in front of them, which few calibration tokens are like, and how much
+# more than others they count in every fit. docs/LOG.md has what other weights gave.
+EARLY_TOKENS, EARLY_WEIGHT = 16, 4.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,14 @@ class LayerProfile(TensorRecord):
             the calibration keeps groups apart.
         group_hidden_mean_GF: ``E[h_j]`` over the tokens of each group, float32.
         group_hidden_variance_GF: ``Var(h_j)`` over them (population), float32.
+        input_places_N: place of each FFN input in its window, 0 for the first token, int32; None
+            where the stream shows no windows (an expert of a MoE model): none is a first token.
+        input_weights_N: how much an error in the output at each of them counts, float32, positive;
+            None where all count the same. See ``weaver.algorithms.statistics.error_weights``, by
+            which the mean and variance of h are weighted too.
+
+    Raises:
+        ValueError: places or weights are not one per FFN input.
     """
 
     sample_gate_mean_MF: Tensor
@@ -57,6 +73,46 @@ class LayerProfile(TensorRecord):
     group_tokens_G: Tensor | None = None
     group_hidden_mean_GF: Tensor | None = None
     group_hidden_variance_GF: Tensor | None = None
+    input_places_N: Tensor | None = None
+    input_weights_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for values_N in (self.input_places_N, self.input_weights_N):
+            if values_N is not None and values_N.shape[0] != self.ffn_inputs_ND.shape[0]:
+                raise ValueError("places and weights need one value per FFN input that is kept")
+
+    def keeping(self, rows_n: Tensor) -> LayerProfile:
+        """The profile with some of its FFN inputs only, by their numbers, (n,)."""
+
+        def take(values_N: Tensor | None) -> Tensor | None:
+            return None if values_N is None else values_N[rows_n]
+
+        return replace(
+            self,
+            ffn_inputs_ND=self.ffn_inputs_ND[rows_n],
+            input_places_N=take(self.input_places_N),
+            input_weights_N=take(self.input_weights_N),
+        )
+
+    @property
+    def first_tokens_N(self) -> Tensor:
+        """Whether each FFN input is one of its sequence's ``FIRST_TOKENS``, bool, (N,)."""
+        if self.input_places_N is None:
+            return torch.zeros(self.ffn_inputs_ND.shape[0], dtype=torch.bool)
+        return self.input_places_N < FIRST_TOKENS
+
+    @property
+    def error_weights_N(self) -> Tensor:
+        """How much an error at each FFN input counts, 1 on average, float32, (N,).
+
+        ``input_weights_N``, times ``EARLY_WEIGHT`` for a sequence's ``EARLY_TOKENS``.
+        """
+        weights_N = torch.ones(self.ffn_inputs_ND.shape[0])
+        if self.input_weights_N is not None:
+            weights_N *= self.input_weights_N
+        if self.input_places_N is not None:
+            weights_N[self.input_places_N < EARLY_TOKENS] *= EARLY_WEIGHT
+        return weights_N / weights_N.mean() if weights_N.numel() else weights_N
 
     @property
     def intermediate_size(self) -> int:
@@ -209,6 +265,8 @@ class Router(TensorRecord):
         bias_E: intercept of the linear logits, (E,), or None; only for "linear".
         weighting: how the outputs of a token's experts are combined.
         routed_scaling: c of "softmax", positive; 1 for "unit".
+        threshold_slope: of a threshold, how far it falls when twice as many experts shall run, in
+            score units: the local slope of the scores' quantiles. 0 leaves it where it is.
 
     Raises:
         ValueError: shapes do not agree, the kind and the optional tensors do not, or there is no
@@ -223,8 +281,11 @@ class Router(TensorRecord):
     bias_E: Tensor | None = None
     weighting: Weighting = "unit"
     routed_scaling: float = 1.0
+    threshold_slope: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold_slope) and self.threshold_slope >= 0):
+            raise ValueError(f"threshold_slope={self.threshold_slope} is negative or not finite")
         _check_weighting(self.weighting, self.routed_scaling)
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"router kind {self.kind!r} is not one of {ROUTER_KINDS}")

@@ -98,6 +98,24 @@ def _show_router(console: Console, summary: dict[str, Any]) -> None:
         for row in by_level(summary["layers"])
     ]
     console.print(console_table(f"router {summary['router']}", headers, rows))
+    errors = [
+        (part["error"], row["layer"], part) for row in summary["layers"] for part in row["errors"]
+    ]
+    if errors:
+        error, layer, part = max(errors, key=lambda each: each[0])
+        console.print(
+            f"  largest error of an FFN's output: {format_percent(error)} of its energy, layer "
+            f"{layer}, {_positions(part)}"
+        )
+
+
+def _positions(part: dict[str, Any]) -> str:
+    """ "position 2", "positions 3-16" or "positions 129 on"."""
+    if part["last"] is None:
+        return f"positions {part['first']} on"
+    if part["last"] == part["first"]:
+        return f"position {part['first']}"
+    return f"positions {part['first']}-{part['last']}"
 
 
 def _show_assemble(console: Console, summary: dict[str, Any]) -> None:
@@ -190,6 +208,10 @@ def _show_eval(console: Console, summary: dict[str, Any]) -> None:
         f"top-1 agreement {format_percent(summary['top1_agreement'])}, measured FFN FLOPs x"
         f"{summary['measured_ffn_flops'] / summary['dense_ffn_flops']:.3f}"
     )
+    parts = (
+        f"{format_number(part['kl'])} at {_positions(part)}" for part in summary["kl_by_position"]
+    )
+    console.print(f"  KL {', '.join(parts)}")
     if summary["router"] is not None:
         _show_router_report(console, summary["router"])
 

@@ -43,13 +43,13 @@ class Comparison:
     Args:
         dense: losses of the dense model.
         moe: losses of the converted model.
-        kl_per_window: mean KL(dense || converted) per window, nats per token.
+        kl_WT: KL(dense || converted) at every position that predicts a token, nats, (W, T - 1).
         top1_per_window: share of positions per window where both put the same token first.
     """
 
     dense: WindowLosses
     moe: WindowLosses
-    kl_per_window: tuple[float, ...]
+    kl_WT: Tensor
     top1_per_window: tuple[float, ...]
 
     @property
@@ -60,6 +60,11 @@ class Comparison:
     def kl(self) -> float:
         """Mean KL(dense || converted) in nats per token."""
         return _mean(self.kl_per_window)
+
+    @property
+    def kl_per_window(self) -> tuple[float, ...]:
+        """Mean KL per window, nats per token."""
+        return tuple(self.kl_WT.double().mean(1).tolist())
 
     @property
     def top1_agreement(self) -> float:
@@ -129,24 +134,28 @@ def compare(
     _check_windows(windows_WT)
     _check_vocabularies(dense, converted)
     chunk = chunk_tokens(converted) if chunk is None else chunk
-    rows: list[tuple[float, float, float, float]] = []
+    rows: list[tuple[float, float, float]] = []
+    kl_rows: list[Tensor] = []
     for window, ids_T in enumerate(windows_WT):
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums, kl = torch.zeros(3, dtype=torch.float64), []
         for (dense_NV, targets_N), (moe_NV, _) in zip(
             _log_probabilities(dense, ids_T, chunk),
             _log_probabilities(converted, ids_T, chunk),
             strict=True,
         ):
-            sums += torch.tensor(chunk_sums(dense_NV, moe_NV, targets_N), dtype=torch.float64)
-        dense_nll, moe_nll, kl, top1 = (sums / (ids_T.numel() - 1)).tolist()
+            *found, kl_N = chunk_losses(dense_NV, moe_NV, targets_N)
+            sums += torch.tensor(found, dtype=torch.float64)
+            kl.append(kl_N.cpu())
+        dense_nll, moe_nll, top1 = (sums / (ids_T.numel() - 1)).tolist()
         require_usable(dense, dense_nll, f"window {window}")
         require_usable(converted, moe_nll, f"window {window}")
-        rows.append((dense_nll, moe_nll, kl, top1))
+        rows.append((dense_nll, moe_nll, top1))
+        kl_rows.append(torch.cat(kl))
         if on_window is not None:
             on_window(window + 1)
-    dense_W, moe_W, kl_W, top1_W = (tuple(column) for column in zip(*rows, strict=True))
-    tokens = _predicted(windows_WT)
-    return Comparison(WindowLosses(dense_W, tokens), WindowLosses(moe_W, tokens), kl_W, top1_W)
+    dense_W, moe_W, top1_W = (tuple(column) for column in zip(*rows, strict=True))
+    tokens, kl_WT = _predicted(windows_WT), torch.stack(kl_rows)
+    return Comparison(WindowLosses(dense_W, tokens), WindowLosses(moe_W, tokens), kl_WT, top1_W)
 
 
 def token_kl(dense_NV: Tensor, moe_NV: Tensor) -> Tensor:
@@ -164,18 +173,18 @@ def token_kl(dense_NV: Tensor, moe_NV: Tensor) -> Tensor:
     return (dense_NV.exp() * (dense_NV - moe_NV)).sum(-1)
 
 
-def chunk_sums(
+def chunk_losses(
     dense_NV: Tensor, moe_NV: Tensor, targets_N: Tensor
-) -> tuple[float, float, float, float]:
-    """Sums over a chunk of log-probabilities: dense NLL, converted NLL, KL, top-1 hits."""
+) -> tuple[float, float, float, Tensor]:
+    """Of a chunk of log-probabilities: sums of dense NLL, converted NLL, top-1 hits; KL, (N,)."""
     moe_NV = moe_NV.to(dense_NV.device)
     kl_N = token_kl(dense_NV, moe_NV)
     agree_N = dense_NV.argmax(-1) == moe_NV.argmax(-1)
     return (
         _nll_sum(dense_NV, targets_N),
         _nll_sum(moe_NV, targets_N),
-        kl_N.double().sum().item(),
         float(agree_N.sum().item()),
+        kl_N,
     )
 
 

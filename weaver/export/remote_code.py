@@ -6,14 +6,16 @@ from pathlib import Path
 
 from weaver.artifacts.store import read_json, write_json, write_text
 from weaver.errors import WeaverError
+from weaver.models import pacing
 from weaver.models.families import ALL_FAMILIES
 from weaver.models.hf import CONVERTED
 
 SOURCE = Path(__file__).parent / "remote" / "modeling_weaver.py"
+PACING = Path(pacing.__file__)
 
 
 def add_remote_code(folder: Path) -> None:
-    """Add ``modeling_weaver.py`` to a model folder, and ``auto_map`` to its ``config.json``.
+    """Add the code of weaver's types to a model folder, and ``auto_map`` to its ``config.json``.
 
     ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` then needs nothing but
     torch and transformers. Where weaver is imported, its own classes are used as before. Weights
@@ -42,5 +44,6 @@ def add_remote_code(folder: Path) -> None:
         "AutoModel": f"{SOURCE.stem}.{classes.backbone.__name__}",
         "AutoModelForCausalLM": f"{SOURCE.stem}.{classes.causal_lm.__name__}",
     }
-    write_text(folder / SOURCE.name, SOURCE.read_text(encoding="utf-8"))
+    for source in (SOURCE, PACING):
+        write_text(folder / source.name, source.read_text(encoding="utf-8"))
     write_json(path, values)

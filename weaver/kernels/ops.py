@@ -38,21 +38,28 @@ def layer_forward(
     selection: Selection,
     num_shared: int,
     expert_bias_ED: Tensor | None = None,
-) -> Tensor:
-    """Router and MoE FFN, as a model calls them; see ``route`` and ``masked_forward``."""
+    lowest_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Router and MoE FFN, as a model calls them; see ``route`` and ``masked_forward``.
+
+    Returns:
+        ``y_TD`` and the number of experts that each token uses, integers, (T,).
+    """
     trained = (router.weight_ED, router.up_weight_ED, router.bias_E, router.scale_E)
     backend = backend_for(x_TD, weights, *trained, expert_bias_ED)
     tokens, experts = x_TD.shape[0], router.weight_ED.shape[0]
     if backend == "native" and tokens <= DECODED:
-        rest = (top_k, selection, num_shared, expert_bias_ED)
+        rest = (top_k, selection, num_shared, expert_bias_ED, lowest_T)
         return native.decode(x_TD, weights, router, *rest)
     # On a GPU the number of pairs is not known without waiting: a threshold counts with its mean.
     work = Workload(num_shared, experts, tokens, tokens * top_k)
     if backend == "triton" and _chosen(weights, work, backend) == "grouped":
-        slots = route_slots(x_TD, router, weights.activation, top_k, selection)
-        return triton_slots(x_TD, weights, *slots, experts, num_shared, expert_bias_ED)
-    routing = route_tokens(x_TD, weights, router, top_k, selection)
-    return moe_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
+        slots = route_slots(x_TD, router, weights.activation, top_k, selection, lowest_T)
+        y_TD = triton_slots(x_TD, weights, *slots, experts, num_shared, expert_bias_ED)
+        return y_TD, (slots[0] < experts).sum(1)
+    routing = route_tokens(x_TD, weights, router, top_k, selection, lowest_T)
+    y_TD = moe_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
+    return y_TD, routing.counts_T()
 
 
 def moe_forward(
@@ -77,10 +84,11 @@ def route_tokens(
     router: Router,
     top_k: int,
     selection: Selection = "top-k",
+    lowest_T: Tensor | None = None,
 ) -> Routing:
     """The experts of every token, by what computes the FFN too; see ``reference.route``."""
     backend = backend_for(x_TD, weights, router.weight_ED, router.scale_E)
-    return forwards(backend).route(x_TD, router, weights.activation, top_k, selection)
+    return forwards(backend).route(x_TD, router, weights.activation, top_k, selection, lowest_T)
 
 
 def choose_path(weights: GluWeights, routing: Routing, num_shared: int, backend: Backend) -> Path:

@@ -99,6 +99,10 @@ class Routing:
         """Tokens that use each expert, int64, (E,)."""
         return torch.bincount(self.experts_P, minlength=self.num_experts)
 
+    def counts_T(self) -> Tensor:
+        """Experts that each token uses, int64, (T,)."""
+        return torch.bincount(self.tokens_P, minlength=self.num_tokens)
+
 
 def router_logits(x_TD: Tensor, router: Router, activation: str) -> Tensor:
     """Router logits ``s`` in float32, (T, E).
@@ -118,13 +122,18 @@ def router_logits(x_TD: Tensor, router: Router, activation: str) -> Tensor:
 
 
 def route(
-    x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
+    x_TD: Tensor,
+    router: Router,
+    activation: str,
+    top_k: int,
+    selection: Selection = "top-k",
+    lowest_T: Tensor | None = None,
 ) -> Routing:
     """The experts of every token and the factors of their outputs.
 
     Selection: the K largest of ``softmax(s) + balance_bias`` ("top-k"), or all with
-    ``s + balance_bias > 0`` ("threshold"). Factor, with ``p = softmax(s)``: ``1 + p_e * scale_e``
-    for the weighting "unit", ``c * p_e / sum_{chosen} p`` for "softmax".
+    ``s + balance_bias > lowest`` ("threshold"). Factor, with ``p = softmax(s)``:
+    ``1 + p_e * scale_e`` for the weighting "unit", ``c * p_e / sum_{chosen} p`` for "softmax".
 
     Deviation: the denominator of "softmax" counts as a constant in gradients, so that the gradient
     of a factor w_e is ``dw_e/ds_i = w_e (delta_ei - p_i)``. With K = 1 the factor is exactly c, and
@@ -136,6 +145,8 @@ def route(
         activation: activation of the GLU, for the glu router.
         top_k: K; not used by a threshold.
         selection: how experts are selected.
+        lowest_T: what a score must exceed under a threshold, -inf for every expert, (T,); 0 if left
+            out. See ``weaver.models.pacing``.
 
     Raises:
         ValueError: a threshold on a glu router: its scores are not negative, and it has no
@@ -143,7 +154,7 @@ def route(
             select nothing.
     """
     experts = router.weight_ED.shape[0]
-    ids_TK, weights_TK = route_slots(x_TD, router, activation, top_k, selection)
+    ids_TK, weights_TK = route_slots(x_TD, router, activation, top_k, selection, lowest_T)
     if selection == "top-k":
         return Routing.of_top_k(ids_TK, weights_TK, experts)
     return Routing.of_slots(ids_TK, weights_TK, experts)
@@ -171,7 +182,12 @@ def route_to_all(x_TD: Tensor, router: Router, activation: str, temperature: flo
 
 
 def route_slots(
-    x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
+    x_TD: Tensor,
+    router: Router,
+    activation: str,
+    top_k: int,
+    selection: Selection = "top-k",
+    lowest_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same as ``Routing.slots``: expert ids and factors, (T, K), or (T, E) for a threshold.
 
@@ -195,7 +211,8 @@ def route_slots(
         return ids_TK, weights_TE.gather(1, ids_TK)
     experts = router.weight_ED.shape[0]
     ids_E = torch.arange(experts, device=x_TD.device)
-    return torch.where(scores_TE + balance_bias_E > 0, ids_E, experts), weights_TE
+    lowest = 0.0 if lowest_T is None else lowest_T[:, None]
+    return torch.where(scores_TE + balance_bias_E > lowest, ids_E, experts), weights_TE
 
 
 def _shares(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:

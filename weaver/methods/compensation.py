@@ -17,6 +17,9 @@ from weaver.kernels.reference import route
 _CHUNKS = 32
 _MAX_CHUNK_TOKENS = 2048
 
+# Below this sum of weights no token was there: the sums are 0 too.
+_LEAST_WEIGHT = 1e-12
+
 
 @dataclass(frozen=True)
 class CompensationPlan:
@@ -48,8 +51,9 @@ def solve_compensation(
     the conditional means: ``c_e = E[h_e Wd_e | e skipped]``, ``b_e = -c_e``, ``b = sum_e c_e`` plus
     the mean output of neurons that the layout dropped. With ``refit``, ``Wd``, ``b_e`` and ``b``
     minimise the squared distance to the dense output over the profile's tokens, ``Wd`` shrunk
-    toward the original (``ShrunkRegression``). Experts that overlap are not summands: their
-    constants are those of the layout, made when it was.
+    toward the original (``ShrunkRegression``). Tokens count as ``LayerProfile.error_weights_N``
+    says, and first tokens run all experts where the selection is by a threshold. Experts that
+    overlap are not summands: their constants are those of the layout, made when it was.
 
     Args:
         weights: the dense FFN, float32.
@@ -87,17 +91,20 @@ def _accumulate(
     # In the dtype of the inputs, as ``sampled_hidden``; sums are float32 or more.
     typed = weights.to(profile.ffn_inputs_ND.dtype)
     chunk = min(_MAX_CHUNK_TOKENS, -(-profile.ffn_inputs_ND.shape[0] // _CHUNKS))
-    for x_TD in profile.ffn_inputs_ND.split(chunk):
+    rows = (profile.ffn_inputs_ND, profile.first_tokens_N, profile.error_weights_N)
+    for x_TD, first_T, weight_T in zip(*(each.split(chunk) for each in rows), strict=True):
         typed_TF = glu_hidden(x_TD, typed)
         hidden_TF = typed_TF.float()
         chosen_TE = _chosen(x_TD, weights, layout, router)
-        sums.add(hidden_TF, chosen_TE)
+        if layout.selection == "threshold":
+            chosen_TE[first_T] = 1.0
+        sums.add(hidden_TF, chosen_TE, weight_T)
         if plan.refit:
             z_TP = _regressors(hidden_TF, chosen_TE, layout, plan.constants)
             y_TD = (typed_TF @ typed.down_FD).float()
             if layout.output_bias_D is not None and not plan.constants:
                 y_TD -= layout.output_bias_D  # the converted layer adds it already
-            regression.add(z_TP, y_TD)
+            regression.add(z_TP, y_TD, weight_T)
     start_PD = down_FD[layout.permutation]
     if plan.constants:
         start_PD = torch.cat([start_PD, sums.constants(down_FD, layout)])
@@ -134,24 +141,24 @@ class _SkipSums:
         self._hidden_F = torch.zeros(layout.intermediate_size, dtype=torch.float64)
         self._skipped_EF = torch.zeros(experts, layout.intermediate_size, dtype=torch.float64)
         self._skips_E = torch.zeros(experts, dtype=torch.float64)
-        self._tokens = 0
+        self._tokens = 0.0
 
-    def add(self, hidden_TF: Tensor, chosen_TE: Tensor) -> None:
-        skipped_TE = 1.0 - chosen_TE
-        self._hidden_F += hidden_TF.sum(0)
+    def add(self, hidden_TF: Tensor, chosen_TE: Tensor, weight_T: Tensor) -> None:
+        skipped_TE = (1.0 - chosen_TE) * weight_T[:, None]
+        self._hidden_F += weight_T @ hidden_TF
         self._skipped_EF += skipped_TE.T @ hidden_TF
         self._skips_E += skipped_TE.sum(0)
-        self._tokens += hidden_TF.shape[0]
+        self._tokens += float(weight_T.sum())
 
     def constants(self, down_FD: Tensor, layout: ExpertLayout) -> Tensor:
         """Rows ``b_e`` of the experts and ``b``, (E + 1, D)."""
-        mean_EF = (self._skipped_EF / self._skips_E.clamp_min(1.0)[:, None]).float()
+        mean_EF = (self._skipped_EF / self._skips_E.clamp_min(_LEAST_WEIGHT)[:, None]).float()
         skipped_ED = torch.zeros(layout.num_routed_experts, down_FD.shape[1])
         for expert, neurons_N in enumerate(layout.experts_EN):
             skipped_ED[expert] = mean_EF[expert, neurons_N] @ down_FD[neurons_N]
         dropped_F = torch.ones(layout.intermediate_size, dtype=torch.bool)
         dropped_F[layout.permutation] = False
-        mean_F = (self._hidden_F / max(1, self._tokens)).float()
+        mean_F = (self._hidden_F / max(_LEAST_WEIGHT, self._tokens)).float()
         bias_D = mean_F[dropped_F] @ down_FD[dropped_F] + skipped_ED.sum(0)
         return torch.cat([-skipped_ED, bias_D[None]])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from weaver.methods.base import RouterFunction
 from weaver.methods.selection import (
     ROUTER_PENALTY,
     fit_scores,
+    routed_inputs,
     sampled_hidden,
     selection_threshold,
+    threshold_slope,
 )
 
 # Tokens whose neuron activations exist at once.
@@ -126,7 +128,9 @@ def ridge_router(
 
     ``s_e ~ ||(h_e - E[h_e]) Wd_e||^(1/2)``, linear in x with an intercept (``fit_scores``). For a
     layout with ``threshold`` selection the intercept is lowered by the score that K experts per
-    token exceed on average, so that exactly the positive scores are selected.
+    token exceed on average, so that exactly the positive scores are selected; first tokens, which
+    run all experts, are left out. Where the FFN's output is normalised behind it, contributions
+    are relative to it (``LayerProfile.error_weights_N``).
 
     Args:
         weights: the dense FFN.
@@ -141,15 +145,20 @@ def ridge_router(
     """
     del generator
     _require_experts(layout)
+    profile = routed_inputs(profile, layout.selection)
     contributions = []
     for inputs_TD in profile.ffn_inputs_ND.split(_CHUNK_TOKENS):
         hidden_TF = sampled_hidden(inputs_TD, weights) - profile.hidden_mean_F
         contributions.append(expert_contributions(hidden_TF, weights.down_FD, layout.experts_EN))
     x_TD = profile.ffn_inputs_ND.float()
-    weight_ED, bias_E = fit_scores(x_TD, torch.cat(contributions))
+    contribution_TE = torch.cat(contributions) * profile.error_weights_N[:, None]
+    weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
+    slope = 0.0
     if layout.selection == "threshold":
-        bias_E = bias_E - selection_threshold(x_TD @ weight_ED.T + bias_E, layout.top_k)
-    return _untrained(layout, "linear", weight_ED, bias_E=bias_E)
+        scores_TE = x_TD @ weight_ED.T + bias_E
+        bias_E = bias_E - selection_threshold(scores_TE, layout.top_k)
+        slope = threshold_slope(scores_TE, layout.top_k)
+    return replace(_untrained(layout, "linear", weight_ED, bias_E=bias_E), threshold_slope=slope)
 
 
 def error_ridge_router(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ridge_fit
-from weaver.artifacts.types import Selection
+from weaver.artifacts.types import LayerProfile, Selection
 
 # The router predicts contributions to this power (of the squared norm). Squared norms have tails
 # that a linear fit follows at the expense of all other tokens; docs/LOG.md has the measurements.
@@ -38,6 +38,34 @@ def fit_scores(x_TD: Tensor, contribution_TE: Tensor) -> tuple[Tensor, Tensor]:
         ``weight_ED`` and ``bias_E``.
     """
     return ridge_fit(x_TD, contribution_TE.pow(CONTRIBUTION_POWER), ROUTER_PENALTY)
+
+
+def routed_inputs(profile: LayerProfile, selection: Selection) -> LayerProfile:
+    """The profile with the FFN inputs whose experts the router chooses.
+
+    With a threshold the first tokens of a sequence run all experts: they are no part of it.
+    """
+    first_N = profile.first_tokens_N
+    if selection != "threshold" or not bool(first_N.any()) or bool(first_N.all()):
+        return profile
+    return profile.keeping((~first_N).nonzero().flatten())
+
+
+def threshold_slope(scores_TE: Tensor, top_k: int) -> float:
+    """How far a threshold falls when twice as many experts shall run, in score units.
+
+    ``K (q(low) - q(high)) / (high - low)`` with ``q(k)`` the score that k experts per token exceed
+    on average (``selection_threshold``), around K: from 0.7 K to 1.3 K, or to half of the way to
+    all of them.
+    """
+    pairs, tokens = scores_TE.numel(), scores_TE.shape[0]
+    ends = [0.7 * top_k, min(1.3 * top_k, (top_k + scores_TE.shape[1]) / 2)]
+    ordered = scores_TE.flatten().sort(descending=True).values
+    low, high = (min(max(round(tokens * end), 1), pairs) for end in ends)
+    if high <= low:
+        return 0.0
+    fall = float(ordered[low - 1] - ordered[high - 1])
+    return fall * top_k * tokens / (high - low)
 
 
 def selection_threshold(scores_TE: Tensor, top_k: int) -> float:

@@ -11,10 +11,10 @@ from torch import Tensor
 from weaver.algorithms.balanced import balanced_assignment, balanced_kmeans
 from weaver.algorithms.contributions import expert_contributions
 from weaver.algorithms.energy import centred_energy
-from weaver.artifacts.types import ExpertLayout, Selection
+from weaver.artifacts.types import ExpertLayout, LayerProfile, Selection
 from weaver.methods.base import LayerProblem, MethodOptions
 from weaver.methods.layouts import expert_layout, routed_top_k, strongest
-from weaver.methods.selection import fit_scores, sampled_hidden, select
+from weaver.methods.selection import fit_scores, routed_inputs, sampled_hidden, select
 
 # FFN inputs on which neurons move between experts: at least so many, and so many per dimension that
 # the router's regression is well posed; the final router and the refit use all of them.
@@ -76,10 +76,12 @@ def partition(
     top_k = routed_top_k(problem, shared_experts)
     shared = problem.leftover_neurons + shared_experts * problem.expert_width
     shared_S, routed_n = strongest(shared_scores(problem, options), shared)
-    inputs_TD = _thinned(problem.profile.ffn_inputs_ND)
-    x_TD = inputs_TD.float()
+    profile = _thinned(routed_inputs(problem.profile, options.selection))
+    x_TD = profile.ffn_inputs_ND.float()
     routed = problem.weights.select(routed_n)
-    hidden_Tn = sampled_hidden(inputs_TD, routed) - problem.profile.hidden_mean_F[routed_n]
+    hidden_Tn = sampled_hidden(profile.ffn_inputs_ND, routed) - profile.hidden_mean_F[routed_n]
+    # Relative to the layer's output where that is normalised behind the FFN.
+    hidden_Tn *= profile.error_weights_N.sqrt()[:, None]
     contribution_Tn = hidden_Tn.square() * routed.down_FD.square().sum(1)
     owner_n = _coactivation_clusters(problem, contribution_Tn, options, generator)
     for _ in range(options.alternations):
@@ -99,11 +101,11 @@ def shared_scores(problem: LayerProblem, options: WeaveOptions) -> Tensor:
     return centred_energy(problem.profile.hidden_variance_F, problem.weights.down_FD)
 
 
-def _thinned(inputs_TD: Tensor) -> Tensor:
+def _thinned(profile: LayerProfile) -> LayerProfile:
     """As many FFN inputs as the clusters need, evenly spread."""
-    rows, hidden_size = inputs_TD.shape
+    rows, hidden_size = profile.ffn_inputs_ND.shape
     stride = max(1, rows // max(_CLUSTER_INPUTS, _INPUTS_PER_DIMENSION * hidden_size))
-    return inputs_TD[::stride]
+    return profile if stride == 1 else profile.keeping(torch.arange(0, rows, stride))
 
 
 def _coactivation_clusters(

@@ -39,6 +39,8 @@ class LayerShape:
         selection: how a token's experts are chosen; "top-k" for a static layer.
         weighting: how the outputs of a token's experts are combined; "unit" for a static layer.
         routed_scaling: c of "softmax"; 1 for "unit".
+        threshold_slope: how far a threshold falls when twice as many experts shall run, see
+            ``weaver.models.pacing``.
     """
 
     num_shared_neurons: int
@@ -54,6 +56,7 @@ class LayerShape:
     selection: Selection = "top-k"
     weighting: Weighting = "unit"
     routed_scaling: float = 1.0
+    threshold_slope: float = 0.0
 
     @classmethod
     def of(
@@ -96,6 +99,7 @@ class LayerShape:
             selection=layout.selection,
             weighting=layout.weighting,
             routed_scaling=layout.routed_scaling,
+            threshold_slope=0.0 if router is None else router.threshold_slope,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -167,7 +168,8 @@ class Checkpoint(TensorFiles):
 
     def ffn(self, site: int, dtype: torch.dtype) -> GluWeights:
         """One FFN, by its number, neuron j in row j of every matrix."""
-        return self.ffns.weights(self.sites[site]).to(dtype)
+        weights = self.ffns.weights(self.sites[site]).to(dtype)
+        return replace(weights, normed_output=self.family.normed_output)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

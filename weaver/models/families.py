@@ -26,6 +26,7 @@ class Family:
         down: name of the down projection.
         shared: of a MoE layer, the name of the model's own shared expert, if it has one. The routed
             experts are called ``experts`` in every family.
+        normed_output: the layer normalises the FFN's output before it adds it.
         renames: parts of tensor names on disk, and what the modules in memory call them.
     """
 
@@ -38,6 +39,7 @@ class Family:
     ffn: str = "mlp"
     down: str = "down_proj"
     shared: str = "shared"
+    normed_output: bool = False
     renames: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -59,9 +61,19 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM"),
         Family("gemma", "GemmaForCausalLM"),
-        Family("gemma2", "Gemma2ForCausalLM", activation_field="hidden_activation"),
-        Family("gemma3_text", "Gemma3ForCausalLM", activation_field="hidden_activation"),
-        Family("olmo2", "Olmo2ForCausalLM"),
+        Family(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            activation_field="hidden_activation",
+            normed_output=True,
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            activation_field="hidden_activation",
+            normed_output=True,
+        ),
+        Family("olmo2", "Olmo2ForCausalLM", normed_output=True),
         Family("phi3", "Phi3ForCausalLM", gate="gate_up_proj", up="gate_up_proj"),
     )
 }

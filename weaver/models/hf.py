@@ -21,7 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from weaver.artifacts.types import FIRST_TOKENS
 from weaver.models.families import ALL_FAMILIES, CONVERTED_PREFIX, Family, activation_name
+from weaver.models.moe import MoEFeedForward
+from weaver.models.pacing import PacedLayer, pace
 from weaver.models.sites import AnyShape, read_shape
 from weaver.models.two_level import converted_module, place
 
@@ -49,13 +52,15 @@ def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfi
     path = family.layers.removeprefix(f"{model.base_model_prefix}.")
     layers = model.base_model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
+    paced: list[tuple[MoEFeedForward, PacedLayer]] = []
     for layer, entry in zip(layers, config.weaver["layers"], strict=True):
         shape = read_shape(entry)
-        place(
-            layer,
-            family,
-            converted_module(shape, config.hidden_size, activation, std=config.initializer_range),
-        )
+        ffn = converted_module(shape, config.hidden_size, activation, std=config.initializer_range)
+        place(layer, family, ffn)
+        # Experts inside experts see some tokens of a sequence only, and are not paced.
+        if isinstance(ffn, MoEFeedForward) and ffn.paced is not None:
+            paced.append((ffn, ffn.paced))
+    pace(model.base_model, paced, config.weaver.get("first_tokens", 0))
 
 
 def _converted_classes(family: Family) -> ConvertedClasses:
@@ -141,7 +146,11 @@ def converted_config(
     for key in ("model_type", "architectures", "transformers_version", "quantization_config"):
         values.pop(key, None)
     before = values.get("weaver")
-    values["weaver"] = {"layers": [layer.to_dict() for layer in layers], "recipe": recipe}
+    values["weaver"] = {
+        "layers": [layer.to_dict() for layer in layers],
+        "first_tokens": FIRST_TOKENS,
+        "recipe": recipe,
+    }
     if before is not None:
         values["weaver"]["outer_recipe"] = before["recipe"]
     return classes.config(**values, architectures=[classes.causal_lm.__name__])

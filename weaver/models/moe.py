@@ -15,6 +15,7 @@ from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.ops import choose_path, layer_forward, moe_forward, route_tokens
 from weaver.kernels.reference import Routing, route_to_all, router_logits
 from weaver.models.accounting import LayerShape
+from weaver.models.pacing import PacedLayer, Pacer
 
 
 class MoERouter(nn.Module):
@@ -78,6 +79,8 @@ class MoEFeedForward(nn.Module):
         self.router = MoERouter(shape, hidden_size, std=std) if shape.router_kind else None
         # Set while a router is trained on all experts; see ``weaver.training.dense``.
         self.temperature: float | None = None
+        # Who moves the threshold along a sequence, and this layer's index there.
+        self.pace: tuple[Pacer, int] | None = None
 
     @classmethod
     def convert(
@@ -131,7 +134,12 @@ class MoEFeedForward(nn.Module):
             return None
         with torch.autocast(x_TD.device.type, enabled=False):
             return route_tokens(
-                x_TD, self.weights(), self.router(), self.top_k, self.shape.selection
+                x_TD,
+                self.weights(),
+                self.router(),
+                self.top_k,
+                self.shape.selection,
+                self._lowest(x_TD),
             )
 
     def probabilities(self, x_TD: Tensor) -> Tensor:
@@ -173,7 +181,7 @@ class MoEFeedForward(nn.Module):
         if self.temperature is not None:
             routing = route_to_all(x_TD, self.router(), self.activation, self.temperature)
             return moe_forward(x_TD, weights, routing, shared, expert_bias_ED)
-        return layer_forward(
+        y_TD, counts_T = layer_forward(
             x_TD,
             weights,
             self.router(),
@@ -181,6 +189,28 @@ class MoEFeedForward(nn.Module):
             self.shape.selection,
             shared,
             expert_bias_ED,
+            self._lowest(x_TD),
+        )
+        if self.pace is not None:
+            pacer, index = self.pace
+            pacer.record(index, counts_T)
+        return y_TD
+
+    def _lowest(self, x_TD: Tensor) -> Tensor | None:
+        """What scores must exceed, (T,); None for 0, where no sequence is known."""
+        if self.pace is None:
+            return None
+        pacer, index = self.pace
+        return pacer.lowest(index, x_TD.shape[0])
+
+    @property
+    def paced(self) -> PacedLayer | None:
+        """What a pacer has to know of this layer; None if its number of experts does not vary."""
+        shape = self.shape
+        if shape.selection != "threshold":
+            return None
+        return PacedLayer(
+            shape.num_experts_per_tok, shape.moe_intermediate_size, shape.threshold_slope
         )
 
     def extra_repr(self) -> str:

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights, glu_forward
 from weaver.artifacts.store import disk_errors
+from weaver.artifacts.types import FIRST_TOKENS
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import model_class
+from weaver.models.moe import MoEFeedForward
+from weaver.models.pacing import Pacer
 from weaver.models.sites import Site
 from weaver.models.two_level import (
     ExpertList,
@@ -206,9 +209,13 @@ class DecoderStream:
         else:
             place(module, family, ffn)
         module.eval()
+        windows = Pacer((), FIRST_TOKENS)
+        if isinstance(ffn, MoEFeedForward) and ffn.paced is not None:
+            ffn.pace = (windows, 0)
         step = max(1, BATCH_TOKENS // hidden_WTD.shape[1])
         for start in range(0, hidden_WTD.shape[0], step):
             batch = hidden_WTD[start : start + step]
+            windows.free(torch.arange(batch.shape[1]).expand(batch.shape[:2]))
             output = module(batch, **self._arguments[layer])
             output = output[0] if isinstance(output, tuple) else output
             if write:

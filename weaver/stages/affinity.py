@@ -179,6 +179,6 @@ class _Pruner:
             )
             for layer in range(checkpoint.num_layers):
                 whole = calibration.profile(layer)
-                nothing = whole.ffn_inputs_ND[:0].clone()
-                self._profiles.append(replace(whole, ffn_inputs_ND=nothing))
+                nothing_n = torch.empty(0, dtype=torch.int64)
+                self._profiles.append(whole.keeping(nothing_n))
         return self._model

@@ -10,6 +10,7 @@ import torch
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.config.sections import RouterConfig
 from weaver.evaluation.fidelity import module_fidelity
+from weaver.evaluation.positions import error_by_position
 from weaver.methods.registry import get_method
 from weaver.models.moe import MoEFeedForward
 from weaver.stages.parents import ROUTER_FOLDER, Partition, open_partition
@@ -103,5 +104,15 @@ def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> dict[
         ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
         x_TD = partition.profile(site.number).ffn_inputs_ND[:FIDELITY_TOKENS].float()
         fidelity = asdict(module_fidelity(x_TD, ffn, weights))
-        rows.append({**site.row(), **{k: round(v, 6) for k, v in fidelity.items()}})
+        errors = error_by_position(partition.profile(site.number), weights, ffn)
+        rows.append(
+            {
+                **site.row(),
+                **{key: round(value, 6) for key, value in fidelity.items()},
+                "errors": [
+                    {"first": first, "last": last, "error": round(error, 6)}
+                    for first, last, error in errors
+                ],
+            }
+        )
     return {"router": config.kind, "layers": rows}

@@ -27,6 +27,7 @@ from weaver.data.sources import find_path, parse_data_spec, read_documents
 from weaver.evaluation.fidelity import KeptInputs, keep_inputs
 from weaver.evaluation.harness import run_harness
 from weaver.evaluation.perplexity import Comparison, compare
+from weaver.evaluation.positions import kl_by_position
 from weaver.evaluation.tasks import run_task
 from weaver.evaluation.usage import count_usage
 from weaver.models.accounting import ModelAccount
@@ -204,6 +205,7 @@ def _result(
         ),
         measured_ffn_flops_per_token=measured,
         kl=comparison.kl,
+        kl_by_position=kl_by_position(comparison.kl_WT),
         predicted_kl=converted.manifest.summary.get("predicted_kl"),
         top1_agreement=comparison.top1_agreement,
         tokens=comparison.tokens,
@@ -233,6 +235,7 @@ def _summary(result: EvalResult) -> dict[str, Any]:
         "dense_perplexity": result.dense.perplexity,
         "moe_perplexity": result.moe.perplexity,
         "kl": result.kl,
+        "kl_by_position": [part.model_dump(mode="json") for part in result.kl_by_position],
         "predicted_kl": result.predicted_kl,
         "top1_agreement": result.top1_agreement,
         "ffn_sparsity": result.ffn_sparsity,

@@ -246,6 +246,7 @@ class Profiler:
             self.config.activation_top_k,
             kept_positions(ids_T.numel(), self.config, weights.hidden_size, self.dtype, self.seed),
             **group_arguments(self.packed.sample_groups_M, self.packed, self.config),
+            window=self.packed.input_ids_WT.shape[1],
         )
         seen = 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def convert_alone(
     splitter: LayerSplitter, trial: Trial, layer: int, profile: LayerProfile, active: int
 ) -> MoEFeedForward:
     """One layer, split, routed and compensated from the trial's tokens, float32."""
-    fit = replace(profile, ffn_inputs_ND=profile.ffn_inputs_ND[trial.fit_n])
+    fit = profile.keeping(trial.fit_n)
     layout = splitter.split(layer, fit, active)
     routed = splitter.route(layer, layout, fit)
     return splitter.converted_ffn(layer, layout, routed, torch.float32)

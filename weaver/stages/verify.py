@@ -21,7 +21,7 @@ from weaver.data.packing import windows
 from weaver.data.sources import parse_data_spec, read_documents
 from weaver.errors import WeaverError
 from weaver.evaluation.logits import chunked_logits
-from weaver.evaluation.perplexity import chunk_sums
+from weaver.evaluation.perplexity import chunk_losses
 from weaver.export import llamacpp
 from weaver.export.fresh import FreshModel, fresh_model
 from weaver.models.checkpoint import DTYPES
@@ -123,7 +123,9 @@ def _compare(
             start += logits_NV.shape[0]
             # In float64: the distance of exact exports is below float32's rounding.
             log_p_NV, log_q_NV = (x_NV.double().log_softmax(-1) for x_NV in pair)
-            totals.sums += torch.tensor(chunk_sums(log_p_NV, log_q_NV, targets_N)).double()
+            dense, converted, top1, kl_N = chunk_losses(log_p_NV, log_q_NV, targets_N)
+            sums = (dense, converted, float(kl_N.double().sum()), top1)
+            totals.sums += torch.tensor(sums, dtype=torch.float64)
     totals.tokens += ids_T.numel() - 1
     if not experts:
         return

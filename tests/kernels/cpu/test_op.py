@@ -182,6 +182,21 @@ def test_the_same_routing(
     assert torch.equal(found.tokens_P, expected.tokens_P)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 33])
+def test_every_token_may_have_a_threshold_of_its_own(tokens: int) -> None:
+    router = make_router(7, 24, torch.float32, glu=False, bias=True)
+    generator = torch.Generator().manual_seed(3)
+    x_TD = torch.randn(tokens, 24, generator=generator)
+    lowest_T = torch.randn(tokens, generator=generator)
+    lowest_T[0] = -torch.inf
+    found = op.route(x_TD, router, "silu", 3, "threshold", lowest_T)
+    expected = reference.route(x_TD, router, "silu", 3, "threshold", lowest_T)
+    assert torch.equal(found.selected_TE(), expected.selected_TE())
+    assert found.counts_T()[0] == 7
+    scores_TE = reference.router_logits(x_TD, router, "silu") + router.balance_bias_E
+    assert torch.equal(expected.selected_TE(), scores_TE > lowest_T[:, None])
+
+
 def test_softmax_weights_in_the_kernel() -> None:
     """One expert has exactly c, also where only its bias makes it the chosen one."""
     router = make_router(5, 24, torch.float32, glu=False, bias=True)

@@ -1,8 +1,9 @@
 """A language model whose feed-forward layers weaver split into experts, without weaver.
 
-This file needs torch and transformers only: ``from_pretrained(..., trust_remote_code=True)`` finds
-it through ``auto_map`` in ``config.json``. It is the plain definition. Where weaver is imported,
-its own classes load the same checkpoint and compute the same with faster kernels.
+This file and ``pacing.py`` beside it need torch and transformers only:
+``from_pretrained(..., trust_remote_code=True)`` finds them through ``auto_map`` in ``config.json``.
+They are the plain definition. Where weaver is imported, its own classes load the same checkpoint
+and compute the same with faster kernels.
 
 For every family of transformers there are ``Weaver<Family>Config``, ``Weaver<Family>Model`` and
 ``Weaver<Family>ForCausalLM``, made when they are asked for: the family's own classes with other
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from .pacing import PacedLayer, Pacer, pace
+
 # What these families call the shared expert of a layer.
 SHARED = {"qwen2_moe": "shared_expert", "glm4_moe": "shared_experts"}
 # The others name the activation of their feed-forward layers in ``hidden_act``.
@@ -33,9 +36,10 @@ class Router(nn.Module):
     """Chooses experts: logits ``s = x weight^T + bias``, or ``|(x up^T) * act(x weight^T)|``.
 
     The K largest of ``softmax(s) + balance_bias`` are selected ("top-k"), or all with
-    ``s + balance_bias > 0`` ("threshold"). With ``p = softmax(s)`` the factor of an expert's output
-    is ``1 + p_e * scale_e`` ("unit") or ``c * p_e / sum_selected p`` ("softmax", the denominator
-    without a gradient). All of it is computed in float32.
+    ``s + balance_bias > lowest`` ("threshold", see ``pacing.py``). With ``p = softmax(s)`` the
+    factor of an expert's output is ``1 + p_e * scale_e`` ("unit") or
+    ``c * p_e / sum_selected p`` ("softmax", the denominator without a gradient). All of it is
+    computed in float32.
     """
 
     def __init__(self, shape: dict[str, Any], hidden_size: int, act: nn.Module, std: float) -> None:
@@ -53,7 +57,7 @@ class Router(nn.Module):
         # Not a buffer: some runtimes load parameters only.
         self.balance_bias = nn.Parameter(torch.zeros(experts), requires_grad=False)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, lowest_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Expert ids and factors, (T, K); (T, E) for a threshold, the id E standing for none."""
         x_TD = x_TD.float()
         bias = None if self.bias is None else self.bias.float()
@@ -73,7 +77,8 @@ class Router(nn.Module):
             return ids_TK, factors_TE.gather(1, ids_TK)
         experts = scores_TE.shape[1]
         ids_E = torch.arange(experts, device=x_TD.device)
-        return torch.where(scores_TE + balance_bias_E > 0, ids_E, experts), factors_TE
+        lowest = 0.0 if lowest_T is None else lowest_T[:, None]
+        return torch.where(scores_TE + balance_bias_E > lowest, ids_E, experts), factors_TE
 
 
 class MoEFeedForward(nn.Module):
@@ -101,6 +106,7 @@ class MoEFeedForward(nn.Module):
         self.expert_bias = _zeros(shape.get("expert_bias"), self.num_experts, hidden_size)
         routed = shape.get("router_kind") is not None
         self.router = Router(shape, hidden_size, act, std) if routed else None
+        self.pace: tuple[Pacer, int] | None = None
 
     @property
     def experts(self) -> RoutedExperts | None:
@@ -113,8 +119,19 @@ class MoEFeedForward(nn.Module):
         if self.output_bias is not None:
             y_TD = y_TD + self.output_bias
         if self.router is not None:
-            y_TD = self.add_experts(y_TD, x_TD, *self.router(x_TD))
+            y_TD = self.add_experts(y_TD, x_TD, *self.routed(x_TD))
         return y_TD.view_as(hidden_states)
+
+    def routed(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's choice, at the pace of the sequences that the tokens are of."""
+        assert self.router is not None
+        if self.pace is None:
+            choice: tuple[Tensor, Tensor] = self.router(x_TD)
+            return choice
+        pacer, index = self.pace
+        ids_TK, factors_TK = self.router(x_TD, pacer.lowest(index, len(x_TD)))
+        pacer.record(index, (ids_TK < self.num_experts).sum(1))
+        return ids_TK, factors_TK
 
     def add_experts(self, y_TD: Tensor, x_TD: Tensor, ids_TK: Tensor, factors_TK: Tensor) -> Tensor:
         """``y`` and the weighted outputs of the chosen experts, summed in at least float32."""
@@ -235,6 +252,12 @@ def _split_experts(layer: nn.Module, entry: dict[str, Any], shared: str, *rest: 
         setattr(block, shared, MoEFeedForward(entry["shared"], *rest))
 
 
+def _paced(shape: dict[str, Any]) -> PacedLayer:
+    return PacedLayer(
+        shape["num_experts_per_tok"], shape["moe_intermediate_size"], shape["threshold_slope"]
+    )
+
+
 def _is_glu(shape: dict[str, Any]) -> bool:
     return bool(shape["router_kind"] == "glu")
 
@@ -270,6 +293,7 @@ def _model_class(dense: Any) -> type:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             layers, shapes = self.base_model.layers, config.weaver["layers"]
+            paced: list[tuple[MoEFeedForward, PacedLayer]] = []
             for layer, shape in zip(layers, shapes, strict=True):
                 act = ACT2FN[getattr(config, field)]
                 std = config.initializer_range
@@ -277,6 +301,9 @@ def _model_class(dense: Any) -> type:
                     _split_experts(layer, shape, shared, config.hidden_size, act, std)
                 else:
                     layer.mlp = MoEFeedForward(shape, config.hidden_size, act, std)
+                    if shape.get("selection") == "threshold":
+                        paced.append((layer.mlp, _paced(shape)))
+            pace(self.base_model, paced, config.weaver.get("first_tokens", 0))
 
     return Model
 

@@ -445,13 +445,15 @@ Tensor scores(const Tensor& x, const Tensor& weight) {
 
 // The experts of every token and the factors of their outputs, as pairs of token and expert.
 //
-// up_weight makes it a glu router. top_k 0 selects by threshold. scaling is c of softmax weights, 0
+// up_weight makes it a glu router. top_k 0 selects by threshold: what exceeds lowest, 0 if that is
+// left out. scaling is c of softmax weights, 0
 // stands for weights of 1 + p scale. See weaver.kernels.reference.route.
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
                                          const optional<Tensor>& up_weight,
                                          const optional<Tensor>& bias_, const Tensor& scale_,
                                          const Tensor& balance_, const std::string& activation,
-                                         int64_t top_k, double scaling) {
+                                         int64_t top_k, double scaling,
+                                         const optional<Tensor>& lowest_) {
   const Tensor x = x_.contiguous();
   const int64_t tokens = x.size(0), experts = weight.size(0);
   Tensor s = scores(x, weight.contiguous());
@@ -470,6 +472,8 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
     });
   }
   const std::vector<float> scale = floats(scale_), add = floats(balance_);
+  const std::vector<float> lowest = lowest_ ? floats(*lowest_) : std::vector<float>(tokens, 0.0f);
+  TORCH_CHECK(int64_t(lowest.size()) == tokens, "lowest needs one value per token");
   const int64_t most = tokens * (top_k ? top_k : experts);
   Tensor token = at::empty({most}, x.options().dtype(at::kLong)), expert = at::empty_like(token);
   Tensor factor = at::empty({most}, x.options().dtype(at::kFloat));
@@ -494,7 +498,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
                         [&](int64_t a, int64_t b) { return p[a] + add[a] > p[b] + add[b]; });
     else
       chosen = std::remove_if(order.begin(), order.end(),
-                              [&](int64_t e) { return !(row[e] + add[e] > 0.0f); }) -
+                              [&](int64_t e) { return !(row[e] + add[e] > lowest[t]); }) -
                order.begin();
     // Relative to the likeliest of the chosen: all of them may have probabilities of 0.
     float best = -INFINITY, sum = 0.0f;
@@ -515,16 +519,22 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& weight,
 }
 
 // route and moe in one call: while decoding, what lies between two calls is a large part of the time.
-Tensor decode(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
+// The second result is the number of experts of every token.
+std::tuple<Tensor, Tensor> decode(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
               const optional<Tensor>& gate_bias, const optional<Tensor>& up_bias,
               const optional<Tensor>& output_bias, const optional<Tensor>& expert_bias,
               const std::string& activation, int64_t shared, const Tensor& router,
               const optional<Tensor>& up_router, const optional<Tensor>& bias, const Tensor& scale,
-              const Tensor& balance, int64_t top_k, double scaling) {
+              const Tensor& balance, int64_t top_k, double scaling,
+              const optional<Tensor>& lowest) {
   const auto [tokens, experts, factors] =
-      route(x, router, up_router, bias, scale, balance, activation, top_k, scaling);
-  return moe(x, gate, up, down, gate_bias, up_bias, output_bias, expert_bias, activation, shared,
-             router.size(0), tokens, experts, factors);
+      route(x, router, up_router, bias, scale, balance, activation, top_k, scaling, lowest);
+  Tensor counts = at::zeros({x.size(0)}, tokens.options().dtype(at::kInt));
+  for (int64_t i = 0; i < tokens.numel(); ++i)
+    ++counts.mutable_data_ptr<int32_t>()[tokens.const_data_ptr<int64_t>()[i]];
+  Tensor y = moe(x, gate, up, down, gate_bias, up_bias, output_bias, expert_bias, activation,
+                 shared, router.size(0), tokens, experts, factors);
+  return {y, counts};
 }
 
 }  // namespace
@@ -541,11 +551,12 @@ TORCH_LIBRARY(weaver_cpu, m) {
   m.def(
       "decode(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, "
       "Tensor? output_bias, Tensor? expert_bias, str activation, int shared, Tensor router, "
-      "Tensor? up_router, Tensor? bias, Tensor scale, Tensor balance, int top_k, float scaling) "
-      "-> Tensor");
+      "Tensor? up_router, Tensor? bias, Tensor scale, Tensor balance, int top_k, float scaling, "
+      "Tensor? lowest) -> (Tensor, Tensor)");
   m.def(
       "route(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, Tensor scale, "
-      "Tensor balance, str activation, int top_k, float scaling) -> (Tensor, Tensor, Tensor)");
+      "Tensor balance, str activation, int top_k, float scaling, Tensor? lowest) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(weaver_cpu, CPU, m) {

@@ -60,13 +60,18 @@ def masked(
 
 
 def route(
-    x_TD: Tensor, router: Router, activation: str, top_k: int, selection: Selection = "top-k"
+    x_TD: Tensor,
+    router: Router,
+    activation: str,
+    top_k: int,
+    selection: Selection = "top-k",
+    lowest_T: Tensor | None = None,
 ) -> Routing:
     """The experts of every token in one call; see ``weaver.kernels.reference.route``."""
     k = top_k if selection == "top-k" else None
     weight_ED, *rest = _router(router)
     tokens_P, experts_P, factors_P = torch.ops.weaver_cpu.route(
-        x_TD, weight_ED, *rest, activation, k or 0, _scaling(router, selection)
+        x_TD, weight_ED, *rest, activation, k or 0, _scaling(router, selection), lowest_T
     )
     experts = router.weight_ED.shape[0]
     return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
@@ -80,17 +85,19 @@ def decode(
     selection: Selection,
     num_shared: int,
     expert_bias_ED: Tensor | None = None,
-) -> Tensor:
-    """``route`` and ``moe`` in one call, for a few tokens."""
+    lowest_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``route`` and ``moe`` in one call, for a few tokens; also each token's number of experts."""
     k = top_k if selection == "top-k" else 0
-    y_TD: Tensor = torch.ops.weaver_cpu.decode(
+    y_TD, counts_T = torch.ops.weaver_cpu.decode(
         *_common(x_TD, weights, expert_bias_ED),
         num_shared,
         *_router(router),
         k,
         _scaling(router, selection),
+        lowest_T,
     )
-    return y_TD
+    return y_TD, counts_T
 
 
 def _scaling(router: Router, selection: Selection) -> float:

@@ -1,0 +1,294 @@
+"""Pacing: every sequence uses, on average, as many experts as its layers were set to, on any text.
+
+A threshold that is right for one kind of text selects more experts on another, in all layers alike.
+The pacer watches what a sequence has used so far and moves the thresholds of the layers that come
+next; the first tokens, to which all later ones attend, run every expert. ``docs/pacing.md`` has the
+measurements.
+
+This file needs torch and transformers only: exports carry a copy of it.
+
+Shapes: B sequences, T tokens of one call, L paced layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+# A young sequence is taken to have kept the pace for this many tokens.
+PRIOR_TOKENS = 8.0
+# Overspending is paid back by the layers that remain and by this many more: the last layer alone
+# would otherwise pay for whatever the one before it did.
+EXTRA_LAYERS = 1.0
+# Limits of a token's target, as multiples of K.
+LOWEST_TARGET, HIGHEST_TARGET = 0.4, 1.8
+
+
+@dataclass(frozen=True)
+class PacedLayer:
+    """What the pacer has to know of one layer.
+
+    Args:
+        experts: K, the mean number of experts per token that the layer is set to.
+        width: N, neurons per expert: what an expert costs.
+        slope: how far the threshold falls when the target rises from K to 2 K, in score units.
+    """
+
+    experts: int
+    width: int
+    slope: float
+
+
+class SpentExperts(DynamicLayer):
+    """What sequences have used, kept as one more layer of the cache of keys and values.
+
+    ``keys`` are running totals, int32, (B, 1, tokens, L + 1): experts used in each paced layer
+    behind the first tokens, then the number of tokens. A history like that of keys is reordered,
+    cropped and selected with them, so that beam search and assisted decoding find the right state.
+    """
+
+    # A cache is what all its layers are: a static one stays one, for which masks are made in full.
+    is_compileable = True
+
+    def append(self, totals_BTC: Tensor) -> None:
+        """Add the totals after each of the newest tokens, (B, T, L + 1)."""
+        rows = totals_BTC[:, None]
+        if not self.is_initialized:
+            self.lazy_initialization(rows, rows)
+        old = self.keys
+        self.keys = rows if old is None or old.numel() == 0 else torch.cat([old, rows], dim=-2)
+        self.values = self.keys[..., :0]
+
+    def newest(self) -> Tensor | None:
+        """Totals after the newest token, (B, L + 1); None before the first."""
+        if self.keys is None or self.get_seq_length() == 0:
+            return None
+        return self.keys[:, 0, -1]
+
+
+class Pacer:
+    """Thresholds of the paced layers during one call of a model.
+
+    With ``n_lt`` the experts that token t uses in layer l, the overspending that layer l sees is
+    that of the layers before it, over the sequence's earlier tokens:
+    ``over_lt = sum_{l' < l} sum_{s < t} N_l' (n_l's - K_l')``. Layer l aims at ``c K_l`` experts,
+    ``c_lt = 1 - over_lt / ((t + P) (sum_{l' >= l} K_l' N_l' + X mean_l' K_l' N_l'))``
+    within limits, with P ``PRIOR_TOKENS`` and X ``EXTRA_LAYERS``: what was spent too much per token
+    is saved evenly by the layers that remain. An expert runs if its score exceeds
+    ``slope_l (1 - c_lt)``. No layer waits for one behind it and no token for itself, so that a
+    prompt at once and token by token select the same experts; and layers keep the differences
+    between them, as does a hard token beside an easy one. The first tokens of a sequence run all
+    experts and are not counted.
+
+    Args:
+        layers: the paced layers in the model's order.
+        first_tokens: tokens at the start of a sequence that run every expert.
+    """
+
+    def __init__(self, layers: Sequence[PacedLayer], first_tokens: int) -> None:
+        self.layers = tuple(layers)
+        self.first_tokens = first_tokens
+        self._rows = 0
+        self._paced = False
+        self._counts: list[Tensor | None] = []
+        self._constants_device: torch.device | None = None
+
+    def begin(self, mask_BT: Tensor, totals_BC: Tensor | None = None) -> None:
+        """Start a call whose rows are sequences, or go on with them.
+
+        Args:
+            mask_BT: 1 for tokens, 0 for padding, (B, T).
+            totals_BC: what the sequences have used, (B, L + 1); None at their start.
+        """
+        self._prepare(mask_BT.device)
+        batch, tokens = mask_BT.shape
+        if totals_BC is None:
+            totals_BC = mask_BT.new_zeros(batch, len(self.layers) + 1, dtype=torch.int32)
+        self._totals_BC = totals_BC.to(mask_BT.device)
+        self._mask_BT = mask_BT = mask_BT.int()
+        rank_BT = self._totals_BC[:, -1:] + mask_BT.cumsum(1) - 1
+        self._free_BT = (rank_BT < self.first_tokens) & (mask_BT > 0)
+        self._counted_BT = ((rank_BT >= self.first_tokens) & (mask_BT > 0)).float()
+        self._age_BT = (rank_BT - self.first_tokens).clamp_min(0).float()
+        past_B1 = (self._totals_BC[:, -1:] - self.first_tokens).clamp_min(0)
+        spent_BL = self._unit_L * (self._totals_BC[:, :-1] - self._experts_L * past_B1)
+        # Before each layer: what those before it have spent too much in earlier calls.
+        self._past_BL = spent_BL.cumsum(1) - spent_BL
+        # The same of this call, for the layers whose predecessors have run.
+        self._new: list[Tensor] = [torch.zeros_like(self._age_BT)] * (tokens > 1)
+        self._counts = [None] * len(self.layers)
+        self._rows, self._paced = batch * tokens, True
+        if tokens == 1:
+            lowest_BL = self._lowest(self._past_BL, self._rest_L, self._slope_L, self._free_BT)
+            self._lowest_LB = lowest_BL.T.contiguous()
+
+    def free(self, positions_BT: Tensor) -> None:
+        """Start a call whose sequences are not known: calibrated thresholds, first tokens by place.
+
+        Args:
+            positions_BT: place of each token in its sequence, (B, T).
+        """
+        self._free_BT = positions_BT < self.first_tokens
+        self._counts = [None] * len(self.layers)
+        self._rows, self._paced = positions_BT.numel(), False
+
+    def end(self) -> None:
+        """Nothing is paced until the next call begins."""
+        self._rows = 0
+
+    def lowest(self, index: int, rows: int) -> Tensor | None:
+        """The score that an expert must exceed, (B * T,); None outside of a call.
+
+        Args:
+            index: of the layer.
+            rows: tokens that the layer was given.
+        """
+        if rows != self._rows:
+            return None
+        if not self._paced:
+            return torch.where(self._free_BT, -torch.inf, 0.0).flatten()
+        if self._mask_BT.shape[1] == 1:
+            return self._lowest_LB[index]
+        over_BT = self._past_BL[:, index, None] + self._new[index]
+        rest, slope = self._rest_L[index], self._slope_L[index]
+        return self._lowest(over_BT, rest, slope, self._free_BT).flatten()
+
+    def _lowest(self, over: Tensor, rest: Tensor, slope: Tensor, free: Tensor) -> Tensor:
+        save = over / ((self._age_BT + PRIOR_TOKENS) * rest)
+        save = save.clamp(1 - HIGHEST_TARGET, 1 - LOWEST_TARGET)
+        return (slope * save).masked_fill(free, -torch.inf)
+
+    def record(self, index: int, counts_T: Tensor) -> None:
+        """Take the number of experts that every token used in a layer, (B * T,).
+
+        A layer that runs again in a backward pass finds what it found before.
+        """
+        if counts_T.numel() != self._rows or not self._paced:
+            return
+        counts_BT = counts_T.view(self._mask_BT.shape)
+        self._counts[index] = counts_BT
+        if counts_BT.shape[1] > 1:
+            over_BT = (counts_BT - self._experts_L[index]) * self._unit_L[index] * self._counted_BT
+            new_BT = self._new[index] + over_BT.cumsum(1) - over_BT
+            self._new[index + 1 :] = [new_BT]
+
+    def totals(self) -> Tensor | None:
+        """Totals after every token of the call, int32, (B, T, L + 1); None if nothing was paced."""
+        if not self._paced or any(counts is None for counts in self._counts):
+            return None
+        counted_BT1 = self._counted_BT.int()[..., None]
+        used_BTL = torch.stack([c for c in self._counts if c is not None], dim=-1) * counted_BT1
+        new_BTC = torch.cat([used_BTL.int(), self._mask_BT[..., None]], dim=-1)
+        return self._totals_BC[:, None] + new_BTC.cumsum(1, dtype=torch.int32)
+
+    def _prepare(self, device: torch.device) -> None:
+        """The layers' constants as tensors, made late: models are built without data first."""
+        if self._constants_device == device:
+            return
+        costs = [layer.experts * layer.width for layer in self.layers]
+        mean = sum(costs) / len(costs)
+        rest = [sum(costs[index:]) / mean + EXTRA_LAYERS for index in range(len(costs))]
+
+        def tensor(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        # In units of one layer's mean cost, so that float32 holds any sequence.
+        self._unit_L = tensor([layer.width / mean for layer in self.layers])
+        self._experts_L = tensor([layer.experts for layer in self.layers])
+        self._slope_L = tensor([layer.slope for layer in self.layers])
+        self._rest_L = tensor(rest)
+        self._constants_device = device
+
+
+def pace(backbone: nn.Module, layers: Sequence[tuple[Any, PacedLayer]], first_tokens: int) -> None:
+    """Let a model pace its sequences, calls with a cache included.
+
+    Args:
+        backbone: the decoder, called as transformers' are.
+        layers: modules that take a ``(Pacer, index)`` as their ``pace``, with what they are.
+        first_tokens: see ``Pacer``.
+    """
+    if not layers:
+        return
+    pacer = Pacer([layer for _, layer in layers], first_tokens)
+    for index, (module, _) in enumerate(layers):
+        module.pace = (pacer, index)
+    calls = _Calls(pacer)
+    backbone.register_forward_pre_hook(calls.before, with_kwargs=True)
+    backbone.register_forward_hook(calls.after, with_kwargs=True)
+
+
+class _Calls:
+    """The hooks around a backbone's forward: from its arguments to sequences, and back to a cache.
+
+    Args:
+        pacer: of the model.
+    """
+
+    def __init__(self, pacer: Pacer) -> None:
+        self.pacer = pacer
+
+    @torch.no_grad()
+    def before(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Begin a call; a cache that the backbone would make itself is made here."""
+        parameters = inspect.signature(backbone.forward).parameters
+        kwargs = dict(zip(parameters, args, strict=False)) | kwargs
+        ids = kwargs.get("input_ids")
+        shown = kwargs["inputs_embeds"] if ids is None else ids
+        config: Any = backbone.config
+        wanted = kwargs.get("use_cache")
+        wanted = config.use_cache if wanted is None else wanted
+        if wanted and not backbone.training and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = DynamicCache(config=config)
+        self._begin(shown.shape[:2], shown.device, kwargs)
+        return (), kwargs
+
+    def _begin(self, shape: tuple[int, int], device: torch.device, kwargs: dict[str, Any]) -> None:
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        cache, spent = kwargs.get("past_key_values"), _spent(kwargs.get("past_key_values"))
+        seen = 0 if cache is None else cache.get_seq_length()
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        known = spent is not None or seen == 0
+        if known and padding is not None:
+            self.pacer.begin(padding[:, -shape[1] :], spent)
+        elif known and mask is None and (spent is not None or _at_start(positions)):
+            self.pacer.begin(torch.ones(shape, dtype=torch.int32, device=device), spent)
+        else:
+            if positions is None:
+                positions = seen + torch.arange(shape[1], device=device)[None]
+            self.pacer.free(positions.expand(shape))
+
+    @torch.no_grad()
+    def after(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Keep what was spent, and end the call unless a backward pass may run layers again."""
+        del args, output
+        cache, totals = kwargs.get("past_key_values"), self.pacer.totals()
+        if cache is not None and totals is not None:
+            if not cache.layers or not isinstance(cache.layers[-1], SpentExperts):
+                cache.layers.append(SpentExperts())  # type: ignore[no-untyped-call]
+            cache.layers[-1].append(totals)
+        if not backbone.training:
+            self.pacer.end()
+
+
+def _spent(cache: Any) -> Tensor | None:
+    if cache is None or not cache.layers or not isinstance(cache.layers[-1], SpentExperts):
+        return None
+    return cache.layers[-1].newest()
+
+
+def _at_start(positions_BT: Tensor | None) -> bool:
+    """Whether each row is one sequence from its first token on."""
+    if positions_BT is None:
+        return True
+    return bool((positions_BT == torch.arange(positions_BT.shape[1]).to(positions_BT)).all())
