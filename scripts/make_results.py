@@ -110,7 +110,8 @@ checkpoint's dtype, measured as the table says. Every method gets the same calib
 sparsity is what was asked for; "FFN FLOPs, measured" is what the evaluated tokens really cost,
 router, constants and the realised number of experts counted, over the dense FFN's. KL is
 KL(dense || converted) in nats per token, with a bootstrap interval over windows; differences are
-paired by window. Nothing here was trained. Router agreement: share of a token's experts that the
+paired by window; "equal FLOPs" is weave's KL between its two nearest settings at the FLOPs that the
+row measured, where they lie around it. Nothing here was trained. Router agreement: share of a token's experts that the
 oracle chooses too, averaged over layers, on calibration tokens. A table holds the rows that were
 run. `results_published.md` has the published methods in more detail.
 

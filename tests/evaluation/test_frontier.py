@@ -10,24 +10,25 @@ from hypothesis import strategies as st
 
 from weaver.evaluation.frontier import kl_at_flops
 
-POINTS = [(0.70, 0.20), (0.78, 0.10), (0.50, 0.60)]
+POINTS = [(0.70, 0.20), (0.78, 0.10), (0.61, 0.60)]
 
 
 def test_between_two_settings_the_logarithm_is_linear() -> None:
     assert kl_at_flops(POINTS, 0.74) == pytest.approx(math.sqrt(0.2 * 0.1))
     assert kl_at_flops(POINTS, 0.70) == pytest.approx(0.2)
-    assert kl_at_flops(POINTS, 0.60) == pytest.approx(math.sqrt(0.6 * 0.2))
+    assert kl_at_flops(POINTS, 0.655) == pytest.approx(math.sqrt(0.6 * 0.2))
 
 
 def test_nothing_is_extrapolated() -> None:
     assert kl_at_flops(POINTS, 0.784) == 0.10
     assert kl_at_flops(POINTS, 0.80) is None
     assert kl_at_flops(POINTS, 0.48) is None
+    assert kl_at_flops([(0.5, 1.3), (0.7, 0.4)], 0.6) is None
     assert kl_at_flops([(0.5, 1.3)], 0.504) == 1.3
     assert kl_at_flops([], 0.5) is None
 
 
-@given(st.floats(0.5, 0.78))
+@given(st.floats(0.61, 0.78))
 def test_it_lies_between_its_neighbours(flops: float) -> None:
     found = kl_at_flops(POINTS, flops)
     assert found is not None

@@ -267,3 +267,22 @@ def test_a_cache_without_a_history_is_no_start(paced: PreTrainedModel) -> None:
     assert isinstance(cache.layers.pop(), SpentExperts)
     found_LBT = counted(paced, [{"input_ids": IDS[:, 6:]}], cache)
     assert not (found_LBT[..., :FIRST_TOKENS] == 10).all()
+
+
+def test_a_server_shows_no_sequences(
+    paced: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its rows look like: their first tokens are known by place, the rest is not paced."""
+    monkeypatch.setattr(Pacer, "begin", lambda *_: pytest.fail("rows were taken for sequences"))
+    positions_BT = torch.arange(20)[None].expand(2, -1)
+    seen: list[Tensor] = []
+    ffns_of(paced)[1].register_forward_pre_hook(
+        lambda module, inputs: seen.append(module.routing(inputs[0].flatten(0, 1)).counts_T())
+    )
+    with torch.no_grad():
+        paced.base_model(
+            input_ids=IDS, position_ids=positions_BT, use_cache=False, attention_instances={}
+        )
+    counts_BT = seen[0].view(2, 20)
+    assert (counts_BT[:, :FIRST_TOKENS] == 10).all()
+    assert not (counts_BT[:, FIRST_TOKENS:] == 10).all()

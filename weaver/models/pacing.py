@@ -219,7 +219,7 @@ def pace(backbone: nn.Module, layers: Sequence[tuple[Any, PacedLayer]], first_to
     pacer = Pacer([layer for _, layer in layers], first_tokens)
     for index, (module, _) in enumerate(layers):
         module.pace = (pacer, index)
-    calls = _Calls(pacer)
+    calls = _Calls(pacer, tuple(inspect.signature(backbone.forward).parameters))
     backbone.register_forward_pre_hook(calls.before, with_kwargs=True)
     backbone.register_forward_hook(calls.after, with_kwargs=True)
 
@@ -229,18 +229,18 @@ class _Calls:
 
     Args:
         pacer: of the model.
+        parameters: names of what the backbone's forward takes, in their order.
     """
 
-    def __init__(self, pacer: Pacer) -> None:
-        self.pacer = pacer
+    def __init__(self, pacer: Pacer, parameters: tuple[str, ...]) -> None:
+        self.pacer, self.parameters = pacer, parameters
 
     @torch.no_grad()
     def before(
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Begin a call; a cache that the backbone would make itself is made here."""
-        parameters = inspect.signature(backbone.forward).parameters
-        kwargs = dict(zip(parameters, args, strict=False)) | kwargs
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         ids = kwargs.get("input_ids")
         shown = kwargs["inputs_embeds"] if ids is None else ids
         config: Any = backbone.config
@@ -256,7 +256,8 @@ class _Calls:
         cache, spent = kwargs.get("past_key_values"), _spent(kwargs.get("past_key_values"))
         seen = 0 if cache is None else cache.get_seq_length()
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        known = spent is not None or seen == 0
+        # A server that keeps keys itself shows tokens of many sequences as one row.
+        known = (spent is not None or seen == 0) and "attention_instances" not in kwargs
         if known and padding is not None:
             self.pacer.begin(padding[:, -shape[1] :], spent)
         elif known and mask is None and (spent is not None or _at_start(positions)):
@@ -288,7 +289,9 @@ def _spent(cache: Any) -> Tensor | None:
 
 
 def _at_start(positions_BT: Tensor | None) -> bool:
-    """Whether each row is one sequence from its first token on."""
+    """Whether each row is one sequence from its first token on; a graph cannot ask."""
     if positions_BT is None:
         return True
+    if torch.compiler.is_compiling():
+        return False
     return bool((positions_BT == torch.arange(positions_BT.shape[1]).to(positions_BT)).all())
