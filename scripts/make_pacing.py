@@ -91,19 +91,21 @@ def convert(base: Path, method: Method, sparsity: float, arguments: argparse.Nam
 def measure(run_dir: Path, data_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """KL by position, FLOPs of prefill and decoding, and whether both select the same."""
     path = run_dir / "pacing.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
     converted = open_converted(StageContext(run_dir))
-    dense, moe = converted.load_dense(arguments.dtype), converted.load(arguments.dtype)
     account = converted.account()
     results: dict[str, Any] = {"asked": account.ffn_flops / account.dense_ffn_flops, "texts": {}}
-    for name, location in TEXTS.items():
+    if path.exists():
+        results = json.loads(path.read_text())
+    missing = [name for name in TEXTS if name not in results["texts"]]
+    if not missing:
+        return results
+    dense, moe = converted.load_dense(arguments.dtype), converted.load(arguments.dtype)
+    for name in missing:
         results["texts"][name] = _measure_text(
-            converted, account, dense, moe, location, data_dir, arguments.windows
+            converted, account, dense, moe, TEXTS[name], data_dir, arguments.windows
         )
         print(" ", run_dir.name, name, results["texts"][name], flush=True)
-    path.write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1))
     return results
 
 

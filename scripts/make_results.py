@@ -111,9 +111,9 @@ sparsity is what was asked for; "FFN FLOPs, measured" is what the evaluated toke
 router, constants and the realised number of experts counted, over the dense FFN's. KL is
 KL(dense || converted) in nats per token, with a bootstrap interval over windows; differences are
 paired by window; "equal FLOPs" is weave's KL between its two nearest settings at the FLOPs that the
-row measured, where they lie around it. Nothing here was trained. Router agreement: share of a token's experts that the
-oracle chooses too, averaged over layers, on calibration tokens. A table holds the rows that were
-run. `results_published.md` has the published methods in more detail.
+row measured, where they lie around it. Nothing here was trained. Router agreement: share of a
+token's experts that the oracle chooses too, averaged over layers, on calibration tokens. A table
+holds the rows that were run. `results_published.md` has the published methods in more detail.
 
 Rows: "weave" is the default (16 experts, threshold selection, uniform budgets); "one slice less"
 asks for 5 of 16 slices to be skipped instead of 4; "top-k" runs exactly K experts for every token;

@@ -201,7 +201,8 @@ class MoEFeedForward(nn.Module):
         if self.pace is None:
             return None
         pacer, index = self.pace
-        return pacer.lowest(index, x_TD.shape[0])
+        lowest_T = pacer.lowest(index, x_TD.shape[0])
+        return None if lowest_T is None else lowest_T.to(x_TD.device)
 
     @property
     def paced(self) -> PacedLayer | None:

@@ -171,7 +171,8 @@ class Pacer:
         """
         if counts_T.numel() != self._rows or not self._paced:
             return
-        counts_BT = counts_T.view(self._mask_BT.shape)
+        # Layers may lie on several devices.
+        counts_BT = counts_T.to(self._mask_BT.device).view(self._mask_BT.shape)
         self._counts[index] = counts_BT
         if counts_BT.shape[1] > 1:
             over_BT = (counts_BT - self._experts_L[index]) * self._unit_L[index] * self._counted_BT

@@ -129,7 +129,9 @@ class MoEFeedForward(nn.Module):
             choice: tuple[Tensor, Tensor] = self.router(x_TD)
             return choice
         pacer, index = self.pace
-        ids_TK, factors_TK = self.router(x_TD, pacer.lowest(index, len(x_TD)))
+        lowest_T = pacer.lowest(index, len(x_TD))
+        lowest_T = None if lowest_T is None else lowest_T.to(x_TD.device)
+        ids_TK, factors_TK = self.router(x_TD, lowest_T)
         pacer.record(index, (ids_TK < self.num_experts).sum(1))
         return ids_TK, factors_TK
 
