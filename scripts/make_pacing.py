@@ -197,7 +197,7 @@ def describe(results: dict[tuple[str, float], dict[str, Any]]) -> str:
         for name in TEXTS:
             for method in METHODS:
                 found = results.get((method.name, sparsity))
-                if found is None:
+                if found is None or name not in found["texts"]:
                     continue
                 text = found["texts"][name]
                 values = (text["kl"], *text["positions"], text["flops"])
@@ -207,7 +207,7 @@ def describe(results: dict[tuple[str, float], dict[str, Any]]) -> str:
         parts += [f"## KL by position at {sparsity:.0%}", "", markdown_table(headers, rows), ""]
     rows = []
     for (method_name, sparsity), found in results.items():
-        for name in TEXTS if method_name == "weave" else ():
+        for name in found["texts"] if method_name == "weave" else ():
             text = found["texts"][name]
             rows.append(
                 (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from tiny_conversions import (
+    ffns_of,
     load_converted,
     random_compensation,
     random_conversions,
@@ -81,7 +82,11 @@ def test_a_model_that_weaver_made_with_constants_and_thresholds(tmp_path: Path) 
     checkpoint = Checkpoint(ModelConfig(path=str(folders[1])))
     whole = random_conversions(checkpoint, shared=4, experts=2, top_k=2)
     again = load_converted(write_converted(checkpoint, tmp_path / "whole", whole))
-    expected = logits(load_converted(folders[1]))
+    # Experts inside experts are not paced, so neither is what they are compared with.
+    once = load_converted(folders[1])
+    for ffn in ffns_of(once):
+        ffn.pace = None
+    expected = logits(once)
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
 
 
