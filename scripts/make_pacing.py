@@ -279,7 +279,7 @@ everything attends. What weaver does about both (`weaver/models/pacing.py`):
   proportion, so that the layers that remain save it evenly. Easy and hard tokens, and layers among
   each other, keep their differences. A layer waits for no other one, so that a prompt at once and
   token by token select the same experts.
-- **The first two tokens run all experts**, which costs 16 experts per layer once.
+- **The first two tokens run all experts**: at 50% that is one token more per layer, once per text.
 - **Fits know where a token stands.** The first 16 tokens of a window count four times; where the
   layer normalises its FFN's output (Gemma 2 and 3, OLMo 2), errors count relative to that output.
 
