@@ -14,6 +14,7 @@ from torch import Tensor
 from weaver.algorithms.glu import glu_hidden
 from weaver.artifacts.results import EvalResult
 from weaver.artifacts.store import values_digest
+from weaver.artifacts.types import FIRST_TOKENS
 from weaver.data.packing import windows
 from weaver.data.sources import read_documents
 from weaver.errors import WeaverError
@@ -59,7 +60,7 @@ def test_routed_layers_have_every_value(
     report = report_of(method, tiny_llama, calibration, tmp_path)
 
     assert report["method"] == method
-    assert report["tokens"] == 4 * 64
+    assert report["tokens"] == 4 * (64 - FIRST_TOKENS)
     for row in report["layers"]:
         assert None not in row.values()
         assert 0 < row["expert_jaccard"] < 1

@@ -12,7 +12,7 @@ from tiny_runs import file_times, read_results, run_config, run_stages, stage_di
 
 from weaver.artifacts.manifest import MANIFEST, read_manifest
 from weaver.artifacts.store import read_record
-from weaver.artifacts.types import Compensation, ExpertLayout, Router
+from weaver.artifacts.types import FIRST_TOKENS, Compensation, ExpertLayout, Router
 from weaver.config.loading import RunConfig
 from weaver.config.sections import RouterConfig
 from weaver.errors import WeaverError
@@ -63,15 +63,17 @@ def test_weave_goes_through_all_stages_with_a_cost_near_the_intended_one(finishe
     counts = [layer["experts_per_token"] for layer in results["expert_usage"]]
     layout = read_record(layer_path(finished / "partition", 0), ExpertLayout)
     assert layout.selection == "threshold"
-    # Pacing holds the mean over the layers, and the first tokens of the short windows run all.
-    assert sum(counts) / LAYERS == pytest.approx(layout.top_k, rel=0.15)
+    # Layers differ as the text wants; pacing holds their mean. First tokens run all experts.
+    first = FIRST_TOKENS / results["sequence_length"]
+    intended = first * layout.num_routed_experts + (1 - first) * layout.top_k
+    assert sum(counts) / LAYERS == pytest.approx(intended, rel=0.1)
     assert counts != [layout.top_k] * LAYERS
     rows = read_manifest(finished / "router", rebuild="").summary["layers"]
     # Set on the calibration tokens, on which the layers were profiled too.
     for row in rows:
         assert row["oracle_agreement"] > row["chance_agreement"]
         expected = layout.top_k / layout.num_routed_experts
-        assert row["chance_agreement"] == pytest.approx(expected, abs=0.02)
+        assert row["chance_agreement"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_build_router_takes_over_what_the_partition_propagated(finished: Path) -> None:

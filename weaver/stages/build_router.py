@@ -12,6 +12,7 @@ from weaver.config.sections import RouterConfig
 from weaver.evaluation.fidelity import module_fidelity
 from weaver.evaluation.positions import error_by_position
 from weaver.methods.registry import get_method
+from weaver.methods.selection import routed_inputs
 from weaver.models.moe import MoEFeedForward
 from weaver.stages.parents import ROUTER_FOLDER, Partition, open_partition
 from weaver.stages.routing import (
@@ -102,9 +103,10 @@ def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> dict[
             continue
         weights = checkpoint.ffn(site.number, torch.float32)
         ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
-        x_TD = partition.profile(site.number).ffn_inputs_ND[:FIDELITY_TOKENS].float()
+        profile = partition.profile(site.number)
+        x_TD = routed_inputs(profile, layout.selection).ffn_inputs_ND[:FIDELITY_TOKENS].float()
         fidelity = asdict(module_fidelity(x_TD, ffn, weights))
-        errors = error_by_position(partition.profile(site.number), weights, ffn)
+        errors = error_by_position(profile, weights, ffn)
         rows.append(
             {
                 **site.row(),

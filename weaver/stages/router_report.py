@@ -13,7 +13,7 @@ from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.statistics import LayerStatistics, sample_positions
 from weaver.artifacts.manifest import InputRef
 from weaver.artifacts.results import LayerRouterScores, RouterReport, RouterScores
-from weaver.artifacts.types import ExpertLayout, LayerProfile
+from weaver.artifacts.types import FIRST_TOKENS, ExpertLayout, LayerProfile
 from weaver.config.sections import PartitionConfig
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
@@ -104,9 +104,16 @@ def _require_groups(packed: PackedTokens, halves: Sequence[Tensor]) -> None:
             )
 
 
-def held_out_positions(tokens: int, seed: int) -> Tensor:
-    """Which tokens of the evaluated windows the fidelity is measured on, ascending."""
-    return sample_positions(tokens, HELD_OUT_TOKENS, torch.Generator().manual_seed(seed))
+def held_out_positions(windows: int, length: int, seed: int) -> Tensor:
+    """Sample the tokens of the evaluated windows that the fidelity is measured on, ascending.
+
+    A window's first tokens, whose experts no router with a threshold chooses, are left out.
+    """
+    first = min(FIRST_TOKENS, length - 1)
+    routed = length - first
+    generator = torch.Generator().manual_seed(seed)
+    rows_N = sample_positions(windows * routed, HELD_OUT_TOKENS, generator)
+    return rows_N // routed * length + rows_N % routed + first
 
 
 def router_report(
