@@ -88,8 +88,8 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
     run.begin()
     dense = converted.load_dense(config.dtype)
     moe = converted.load(config.dtype)
-    count = inputs.windows_WT.shape[0]
-    positions_N = held_out_positions(*inputs.windows_WT.shape, context.seed)
+    count, length = inputs.windows_WT.shape
+    positions_N = held_out_positions(count, length, context.seed)
     keeping: AbstractContextManager[list[KeptInputs]] = (
         keep_inputs(moe, positions_N) if report_inputs else nullcontext([])
     )
