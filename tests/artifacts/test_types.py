@@ -205,6 +205,8 @@ def test_tensors_and_scalars() -> None:
         "weighting": "unit",
         "routed_scaling": 1.0,
         "threshold_slope": 0.0,
+        "early_experts": 0.0,
+        "late_experts": 0.0,
     }
     again = Router.build({**router().tensors(), "of_another_version": NONE_S}, {"kind": "linear"})
     assert again.up_weight_ED is None

@@ -9,6 +9,7 @@ from tiny_runs import read_results, run_config, run_stages, run_values, write_co
 from typer.testing import CliRunner, Result
 
 import weaver.cli.app
+from weaver.artifacts.types import FIRST_TOKENS
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def test_the_router_flag_shows_and_writes_the_report(assembled: Path) -> None:
 
     assert result.exit_code == 0, result.output
     report = read_results(assembled)["router"]
-    assert report["tokens"] == 128
-    assert "router on 128 held-out tokens; cmoe on halves of" in result.output
+    assert report["tokens"] == 2 * (64 - FIRST_TOKENS)
+    assert "router on 124 held-out tokens; cmoe on halves of" in result.output
     for header in ("oracle agreement", "captured contribution", "expert Jaccard"):
         assert header in result.output
     mean = next(line for line in result.output.splitlines() if " mean " in line)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from weaver.algorithms.glu import glu_hidden
 from weaver.artifacts.types import EARLY_TOKENS, EARLY_WEIGHT
 from weaver.methods.selection import (
+    experts_by_place,
     fit_scores,
     routed_inputs,
     sampled_hidden,
@@ -70,6 +71,16 @@ def test_a_threshold_that_follows_the_slope_selects_what_was_aimed_at(
     for target in (0.8, 1.2):
         used = float((scores_TE > slope * (1 - target)).sum()) / 4000
         assert used == pytest.approx(target * top_k, rel=0.1)
+
+
+def test_experts_by_place(make_profile: Any) -> None:
+    chosen_TE = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    places_N = torch.tensor([2, EARLY_TOKENS - 1, EARLY_TOKENS, 99], dtype=torch.int32)
+    profile = make_profile(3, ffn_inputs_ND=torch.zeros(4, 2), input_places_N=places_N)
+    assert experts_by_place(profile, chosen_TE) == (2.5, 0.5)
+    assert experts_by_place(profile.keeping(torch.tensor([0, 1])), chosen_TE[:2]) == (0.0, 0.0)
+    plain = make_profile(3, ffn_inputs_ND=torch.zeros(4, 2))
+    assert experts_by_place(plain, chosen_TE) == (0.0, 0.0)
 
 
 def test_first_tokens_are_not_for_the_router(make_profile: Any) -> None:

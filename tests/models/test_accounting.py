@@ -57,7 +57,7 @@ def test_the_intercept_and_the_constants_by_hand() -> None:
 
 def test_a_shape_written_before_there_were_constants() -> None:
     later = {"router_bias", "expert_bias", "selection", "weighting", "routed_scaling"}
-    later.add("threshold_slope")
+    later |= {"threshold_slope", "early_experts", "late_experts"}
     entry = {k: v for k, v in SHAPE.to_dict().items() if k not in later}
     assert len(entry) == 8
     assert LayerShape(**entry) == SHAPE

@@ -159,6 +159,8 @@ def test_every_layer_has_its_own_shape(open_tiny: OpenTiny, tmp_path: Path) -> N
         "weighting": "unit",
         "routed_scaling": 1.0,
         "threshold_slope": 0.0,
+        "early_experts": 0.0,
+        "late_experts": 0.0,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from weaver.models.pacing import (
     SpentExperts,
 )
 
-LAYERS = tuple(PacedLayer(experts=6, width=8, slope=2.0) for _ in range(12))
+LAYERS = (PacedLayer(experts=6.0, early_experts=6.0, width=8, slope=2.0),) * 12
 
 
 def scores(batch: int, tokens: int, drift: float, seed: int = 0) -> Tensor:
@@ -67,6 +68,24 @@ def test_thresholds_follow_the_formula() -> None:
     # Asked again, as usage counts and backward passes do, it says the same.
     pacer.record(0, torch.tensor([14, 9, 9]))
     assert pacer.lowest(1, 3).tolist() == found  # type: ignore[union-attr]
+
+
+def test_a_place_is_given_what_calibration_spent_there() -> None:
+    """Early tokens that spend what they do on calibration text owe nothing to those behind."""
+    layers = [replace(layer, early_experts=9.0) for layer in LAYERS[:2]]
+    pacer = Pacer(layers, first_tokens=1, early_tokens=3)
+    pacer.begin(torch.ones(1, 5))
+    pacer.record(0, torch.tensor([14, 9, 9, 8, 6]))
+    save = 2.0 * 2 / ((3 + PRIOR_TOKENS) * 6 * (1 + EXTRA_LAYERS))
+    expected = [-torch.inf, 0, 0, 0, save]
+    assert pacer.lowest(1, 5).tolist() == pytest.approx(expected)  # type: ignore[union-attr]
+    # In the next call the account goes on where it was.
+    pacer.record(1, torch.tensor([14, 9, 9, 6, 6]))
+    totals_BTC = pacer.totals()
+    assert totals_BTC is not None
+    pacer.begin(torch.ones(1, 1), totals_BTC[:, -1])
+    expected = [2.0 * 2 / ((4 + PRIOR_TOKENS) * 6 * (1 + EXTRA_LAYERS))]
+    assert pacer.lowest(1, 1).tolist() == pytest.approx(expected)  # type: ignore[union-attr]
 
 
 def test_targets_have_limits() -> None:
@@ -113,7 +132,8 @@ def test_a_prompt_in_pieces_selects_what_it_does_at_once(
     tokens: int, pieces: list[int], drift: float, padding: int
 ) -> None:
     s_LBTE = scores(2, tokens, drift)
-    pacer = Pacer(LAYERS, FIRST_TOKENS)
+    layers = [replace(layer, early_experts=8.0) for layer in LAYERS]
+    pacer = Pacer(layers, FIRST_TOKENS, early_tokens=6)
     pacer.begin(torch.ones(2, tokens))
     whole_LBT, lowest_LBT = run(pacer, s_LBTE)
     padded = torch.zeros(len(LAYERS), 2, padding, 14)
@@ -213,7 +233,7 @@ def test_pacing_lowers_what_a_threshold_alone_selects(paced: PreTrainedModel) ->
     used = {}
     for slope in (0.0, 5.0):
         pacer = ffns_of(paced)[0].pace[0]  # type: ignore[index]
-        layers = [PacedLayer(each.experts, each.width, slope) for each in pacer.layers]
+        layers = [replace(each, slope=slope) for each in pacer.layers]
         pacer.layers, pacer._constants_device = tuple(layers), None
         with count_usage(paced) as usage, torch.no_grad():
             paced(IDS)

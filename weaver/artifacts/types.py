@@ -28,7 +28,7 @@ FIRST_TOKENS = 2
 
 # Tokens with little context in front of them, which few calibration tokens are like, and how much
 # more than others they count in every fit. docs/LOG.md has what other weights gave.
-EARLY_TOKENS, EARLY_WEIGHT = 16, 4.0
+EARLY_TOKENS, EARLY_WEIGHT = 16, 2.0
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,12 @@ class LayerProfile(TensorRecord):
 
         ``input_weights_N``, times ``EARLY_WEIGHT`` for a sequence's ``EARLY_TOKENS``.
         """
-        weights_N = torch.ones(self.ffn_inputs_ND.shape[0])
-        if self.input_weights_N is not None:
-            weights_N *= self.input_weights_N
+        weights_N = self.input_weights_N
+        if weights_N is None:
+            weights_N = torch.ones(self.ffn_inputs_ND.shape[0])
         if self.input_places_N is not None:
-            weights_N[self.input_places_N < EARLY_TOKENS] *= EARLY_WEIGHT
+            early_N = self.input_places_N < EARLY_TOKENS
+            weights_N = torch.where(early_N, EARLY_WEIGHT * weights_N, weights_N)
         return weights_N / weights_N.mean() if weights_N.numel() else weights_N
 
     @property
@@ -267,6 +268,9 @@ class Router(TensorRecord):
         routed_scaling: c of "softmax", positive; 1 for "unit".
         threshold_slope: of a threshold, how far it falls when twice as many experts shall run, in
             score units: the local slope of the scores' quantiles. 0 leaves it where it is.
+        early_experts: of a threshold, mean number of experts at the ``EARLY_TOKENS`` of calibration
+            windows, the first tokens left out; 0 where places were not known.
+        late_experts: the same behind them.
 
     Raises:
         ValueError: shapes do not agree, the kind and the optional tensors do not, or there is no
@@ -282,10 +286,14 @@ class Router(TensorRecord):
     weighting: Weighting = "unit"
     routed_scaling: float = 1.0
     threshold_slope: float = 0.0
+    early_experts: float = 0.0
+    late_experts: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold_slope) and self.threshold_slope >= 0):
-            raise ValueError(f"threshold_slope={self.threshold_slope} is negative or not finite")
+        for name in ("threshold_slope", "early_experts", "late_experts"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} is negative or not finite")
         _check_weighting(self.weighting, self.routed_scaling)
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"router kind {self.kind!r} is not one of {ROUTER_KINDS}")

@@ -16,6 +16,7 @@ from weaver.artifacts.types import ExpertLayout, LayerProfile, Router, RouterKin
 from weaver.methods.base import RouterFunction
 from weaver.methods.selection import (
     ROUTER_PENALTY,
+    experts_by_place,
     fit_scores,
     routed_inputs,
     sampled_hidden,
@@ -153,12 +154,17 @@ def ridge_router(
     x_TD = profile.ffn_inputs_ND.float()
     contribution_TE = torch.cat(contributions) * profile.error_weights_N[:, None]
     weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
-    slope = 0.0
-    if layout.selection == "threshold":
-        scores_TE = x_TD @ weight_ED.T + bias_E
-        bias_E = bias_E - selection_threshold(scores_TE, layout.top_k)
-        slope = threshold_slope(scores_TE, layout.top_k)
-    return replace(_untrained(layout, "linear", weight_ED, bias_E=bias_E), threshold_slope=slope)
+    if layout.selection == "top-k":
+        return _untrained(layout, "linear", weight_ED, bias_E=bias_E)
+    scores_TE = x_TD @ weight_ED.T + bias_E
+    threshold = selection_threshold(scores_TE, layout.top_k)
+    early, late = experts_by_place(profile, scores_TE > threshold)
+    return replace(
+        _untrained(layout, "linear", weight_ED, bias_E=bias_E - threshold),
+        threshold_slope=threshold_slope(scores_TE, layout.top_k),
+        early_experts=early,
+        late_experts=late,
+    )
 
 
 def error_ridge_router(

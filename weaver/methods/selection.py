@@ -7,7 +7,7 @@ from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ridge_fit
-from weaver.artifacts.types import LayerProfile, Selection
+from weaver.artifacts.types import EARLY_TOKENS, LayerProfile, Selection
 
 # The router predicts contributions to this power (of the squared norm). Squared norms have tails
 # that a linear fit follows at the expense of all other tokens; docs/LOG.md has the measurements.
@@ -66,6 +66,24 @@ def threshold_slope(scores_TE: Tensor, top_k: int) -> float:
         return 0.0
     fall = float(ordered[low - 1] - ordered[high - 1])
     return fall * top_k * tokens / (high - low)
+
+
+def experts_by_place(profile: LayerProfile, chosen_TE: Tensor) -> tuple[float, float]:
+    """Mean number of experts at the early tokens of windows, and at the others.
+
+    Args:
+        profile: says where its FFN inputs stand; none of them is a first token.
+        chosen_TE: whether each of them uses an expert, (T, E).
+    Returns:
+        Both means; (0, 0) where places are not known, or one side has no token.
+    """
+    if profile.input_places_N is None:
+        return 0.0, 0.0
+    early_T = profile.input_places_N < EARLY_TOKENS
+    if not bool(early_T.any()) or bool(early_T.all()):
+        return 0.0, 0.0
+    counts_T = chosen_TE.float().sum(1)
+    return float(counts_T[early_T].mean()), float(counts_T[~early_T].mean())
 
 
 def selection_threshold(scores_TE: Tensor, top_k: int) -> float:

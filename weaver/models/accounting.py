@@ -39,8 +39,8 @@ class LayerShape:
         selection: how a token's experts are chosen; "top-k" for a static layer.
         weighting: how the outputs of a token's experts are combined; "unit" for a static layer.
         routed_scaling: c of "softmax"; 1 for "unit".
-        threshold_slope: how far a threshold falls when twice as many experts shall run, see
-            ``weaver.models.pacing``.
+        threshold_slope, early_experts, late_experts: how a threshold is moved along a sequence, see
+            ``Router`` and ``weaver.models.pacing``; 0 where there is none.
     """
 
     num_shared_neurons: int
@@ -57,6 +57,8 @@ class LayerShape:
     weighting: Weighting = "unit"
     routed_scaling: float = 1.0
     threshold_slope: float = 0.0
+    early_experts: float = 0.0
+    late_experts: float = 0.0
 
     @classmethod
     def of(
@@ -100,6 +102,8 @@ class LayerShape:
             weighting=layout.weighting,
             routed_scaling=layout.routed_scaling,
             threshold_slope=0.0 if router is None else router.threshold_slope,
+            early_experts=0.0 if router is None else router.early_experts,
+            late_experts=0.0 if router is None else router.late_experts,
         )
 
     def to_dict(self) -> dict[str, Any]:

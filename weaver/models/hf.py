@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from weaver.artifacts.types import FIRST_TOKENS
+from weaver.artifacts.types import EARLY_TOKENS, FIRST_TOKENS
 from weaver.models.families import ALL_FAMILIES, CONVERTED_PREFIX, Family, activation_name
 from weaver.models.moe import MoEFeedForward
 from weaver.models.pacing import PacedLayer, pace
@@ -60,7 +60,8 @@ def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfi
         # Experts inside experts see some tokens of a sequence only, and are not paced.
         if isinstance(ffn, MoEFeedForward) and ffn.paced is not None:
             paced.append((ffn, ffn.paced))
-    pace(model.base_model, paced, config.weaver.get("first_tokens", 0))
+    places = (config.weaver.get(name, 0) for name in ("first_tokens", "early_tokens"))
+    pace(model.base_model, paced, *places)
 
 
 def _converted_classes(family: Family) -> ConvertedClasses:
@@ -149,6 +150,7 @@ def converted_config(
     values["weaver"] = {
         "layers": [layer.to_dict() for layer in layers],
         "first_tokens": FIRST_TOKENS,
+        "early_tokens": EARLY_TOKENS,
         "recipe": recipe,
     }
     if before is not None:

@@ -211,7 +211,10 @@ class MoEFeedForward(nn.Module):
         if shape.selection != "threshold":
             return None
         return PacedLayer(
-            shape.num_experts_per_tok, shape.moe_intermediate_size, shape.threshold_slope
+            shape.late_experts or float(shape.num_experts_per_tok),
+            shape.early_experts or float(shape.num_experts_per_tok),
+            shape.moe_intermediate_size,
+            shape.threshold_slope,
         )
 
     def extra_repr(self) -> str:

@@ -35,12 +35,14 @@ class PacedLayer:
     """What the pacer has to know of one layer.
 
     Args:
-        experts: K, the mean number of experts per token that the layer is set to.
-        width: N, neurons per expert: what an expert costs.
+        experts: mean number of experts per token on calibration text, behind the early tokens.
+        early_experts: the same at the early tokens of a sequence, which want more.
+        width: N, neurons per expert: the cost of an expert.
         slope: how far the threshold falls when the target rises from K to 2 K, in score units.
     """
 
-    experts: int
+    experts: float
+    early_experts: float
     width: int
     slope: float
 
@@ -75,9 +77,9 @@ class SpentExperts(DynamicLayer):
 class Pacer:
     """Thresholds of the paced layers during one call of a model.
 
-    With ``n_lt`` the experts that token t uses in layer l, the overspending that layer l sees is
-    that of the layers before it, over the sequence's earlier tokens:
-    ``over_lt = sum_{l' < l} sum_{s < t} N_l' (n_l's - K_l')``. Layer l aims at ``c K_l`` experts,
+    With ``n_lt`` the experts that token t uses in layer l, and ``K_lt`` those given to its place,
+    the overspending that layer l sees is that of the layers before it, over the sequence's earlier
+    tokens: ``over_lt = sum_{l' < l} sum_{s < t} N_l' (n_l's - K_l's)``. Layer l aims at ``c K_lt``,
     ``c_lt = 1 - over_lt / ((t + P) (sum_{l' >= l} K_l' N_l' + X mean_l' K_l' N_l'))``
     within limits, with P ``PRIOR_TOKENS`` and X ``EXTRA_LAYERS``: what was spent too much per token
     is saved evenly by the layers that remain. An expert runs if its score exceeds
@@ -89,11 +91,16 @@ class Pacer:
     Args:
         layers: the paced layers in the model's order.
         first_tokens: tokens at the start of a sequence that run every expert.
+        early_tokens: tokens at its start, the first ones included, that are given
+            ``early_experts``.
     """
 
-    def __init__(self, layers: Sequence[PacedLayer], first_tokens: int) -> None:
+    def __init__(
+        self, layers: Sequence[PacedLayer], first_tokens: int, early_tokens: int = 0
+    ) -> None:
         self.layers = tuple(layers)
         self.first_tokens = first_tokens
+        self.early_tokens = max(first_tokens, early_tokens)
         self._rows = 0
         self._paced = False
         self._counts: list[Tensor | None] = []
@@ -116,8 +123,12 @@ class Pacer:
         self._free_BT = (rank_BT < self.first_tokens) & (mask_BT > 0)
         self._counted_BT = ((rank_BT >= self.first_tokens) & (mask_BT > 0)).float()
         self._age_BT = (rank_BT - self.first_tokens).clamp_min(0).float()
-        past_B1 = (self._totals_BC[:, -1:] - self.first_tokens).clamp_min(0)
-        spent_BL = self._unit_L * (self._totals_BC[:, :-1] - self._experts_L * past_B1)
+        self._early_BT = (rank_BT < self.early_tokens).float()
+        seen_B1, most = self._totals_BC[:, -1:], self.early_tokens - self.first_tokens
+        early_B1 = (seen_B1 - self.first_tokens).clamp(0, most)
+        late_B1 = (seen_B1 - self.early_tokens).clamp_min(0)
+        given_BL = self._early_L * early_B1 + self._experts_L * late_B1
+        spent_BL = self._unit_L * (self._totals_BC[:, :-1] - given_BL)
         # Before each layer: what those before it have spent too much in earlier calls.
         self._past_BL = spent_BL.cumsum(1) - spent_BL
         # The same of this call, for the layers whose predecessors have run.
@@ -175,7 +186,9 @@ class Pacer:
         counts_BT = counts_T.to(self._mask_BT.device).view(self._mask_BT.shape)
         self._counts[index] = counts_BT
         if counts_BT.shape[1] > 1:
-            over_BT = (counts_BT - self._experts_L[index]) * self._unit_L[index] * self._counted_BT
+            experts, early = self._experts_L[index], self._early_L[index]
+            given_BT = experts + (early - experts) * self._early_BT
+            over_BT = (counts_BT - given_BT) * self._unit_L[index] * self._counted_BT
             new_BT = self._new[index] + over_BT.cumsum(1) - over_BT
             self._new[index + 1 :] = [new_BT]
 
@@ -202,22 +215,28 @@ class Pacer:
         # In units of one layer's mean cost, so that float32 holds any sequence.
         self._unit_L = tensor([layer.width / mean for layer in self.layers])
         self._experts_L = tensor([layer.experts for layer in self.layers])
+        self._early_L = tensor([layer.early_experts for layer in self.layers])
         self._slope_L = tensor([layer.slope for layer in self.layers])
         self._rest_L = tensor(rest)
         self._constants_device = device
 
 
-def pace(backbone: nn.Module, layers: Sequence[tuple[Any, PacedLayer]], first_tokens: int) -> None:
+def pace(
+    backbone: nn.Module,
+    layers: Sequence[tuple[Any, PacedLayer]],
+    first_tokens: int,
+    early_tokens: int,
+) -> None:
     """Let a model pace its sequences, calls with a cache included.
 
     Args:
         backbone: the decoder, called as transformers' are.
         layers: modules that take a ``(Pacer, index)`` as their ``pace``, with what they are.
-        first_tokens: see ``Pacer``.
+        first_tokens, early_tokens: see ``Pacer``.
     """
     if not layers:
         return
-    pacer = Pacer([layer for _, layer in layers], first_tokens)
+    pacer = Pacer([layer for _, layer in layers], first_tokens, early_tokens)
     for index, (module, _) in enumerate(layers):
         module.pace = (pacer, index)
     calls = _Calls(pacer, tuple(inspect.signature(backbone.forward).parameters))

@@ -255,8 +255,12 @@ def _split_experts(layer: nn.Module, entry: dict[str, Any], shared: str, *rest: 
 
 
 def _paced(shape: dict[str, Any]) -> PacedLayer:
+    experts = float(shape["num_experts_per_tok"])
     return PacedLayer(
-        shape["num_experts_per_tok"], shape["moe_intermediate_size"], shape["threshold_slope"]
+        shape["late_experts"] or experts,
+        shape["early_experts"] or experts,
+        shape["moe_intermediate_size"],
+        shape["threshold_slope"],
     )
 
 
@@ -305,7 +309,8 @@ def _model_class(dense: Any) -> type:
                     layer.mlp = MoEFeedForward(shape, config.hidden_size, act, std)
                     if shape.get("selection") == "threshold":
                         paced.append((layer.mlp, _paced(shape)))
-            pace(self.base_model, paced, config.weaver.get("first_tokens", 0))
+            places = (config.weaver.get(name, 0) for name in ("first_tokens", "early_tokens"))
+            pace(self.base_model, paced, *places)
 
     return Model
 
