@@ -51,6 +51,6 @@ def convert(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a stage wrote: results, or a manifest."""
+    """Read a JSON object that a stage wrote, such as its results or its manifest."""
     values: dict[str, Any] = json.loads(path.read_text())
     return values

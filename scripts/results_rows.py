@@ -35,7 +35,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What the table's first column says."""
+        """Label of the run in the table's first column: the name, and the seed unless it is 0."""
         return f"{self.name}, seed {self.seed}" if self.seed else self.name
 
     @property

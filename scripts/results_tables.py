@@ -85,7 +85,7 @@ def router_agreement(layers: list[dict[str, float]]) -> str:
 
 
 def router_table(results: list[dict[str, Any]]) -> str:
-    """What ``weaver eval --router`` reports: means over the layers that have the value."""
+    """Format the router reports of runs as a Markdown table of means over the layers."""
     headers = {
         "oracle_agreement": "agreement with the oracle",
         "chance_agreement": "by chance",

@@ -1,4 +1,4 @@
-"""What experts add to the output, against the outputs themselves."""
+"""Squared norms and errors of expert outputs against values computed from the outputs."""
 
 from __future__ import annotations
 

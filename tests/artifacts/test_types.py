@@ -1,4 +1,4 @@
-"""What the tensors that stages exchange must satisfy, and the numbers they derive."""
+"""Types of the tensors that stages exchange: refused values and derived properties."""
 
 from __future__ import annotations
 

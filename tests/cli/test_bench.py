@@ -38,7 +38,7 @@ def bench(*words: str | Path) -> Result:
 
 
 def refusal(*words: str | Path) -> tuple[str, str, str]:
-    """What, why and fix."""
+    """Run a command that is refused and return the what, why and fix of its error."""
     result = bench(*words)
     assert result.exit_code == 1, result.output
     assert result.stdout == ""

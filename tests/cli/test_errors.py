@@ -49,7 +49,7 @@ def _known_flags() -> set[str]:
 
 
 def _check_fix(fix: str) -> None:
-    """Whatever the advice names, commands and flags, exists."""
+    """Check that every command and flag that the advice names exists."""
     assert set(re.findall(r"weaver ([a-z][a-z-]+)", fix)) <= set(COMMANDS)
     assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", fix)) <= _known_flags()
 

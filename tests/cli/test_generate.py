@@ -31,7 +31,7 @@ def generate(*words: str | Path, stdin: str | None = None) -> Result:
 
 
 def refusal(*words: str | Path) -> tuple[str, str, str]:
-    """What, why and fix."""
+    """Run a command that is refused and return the what, why and fix of its error."""
     result = generate(*words)
     assert result.exit_code == 1, result.output
     assert result.stdout == ""

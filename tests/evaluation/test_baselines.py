@@ -1,4 +1,4 @@
-"""What a converted FFN is timed against computes the same FFN."""
+"""Timing baselines of a converted FFN: each computes the same outputs as the reference."""
 
 from __future__ import annotations
 

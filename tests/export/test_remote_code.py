@@ -51,7 +51,7 @@ NAMES = tuple(f"{variant} {feature} {str(dtype)[6:]}" for variant, feature, dtyp
 
 @dataclass(frozen=True)
 class Outside:
-    """What the models were and computed in a process without weaver."""
+    """Results of models with remote code from a process that cannot import weaver."""
 
     folder: Path
     said: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What skipped experts get in return: by hand, against FLAP, and against least squares."""
+"""Skip compensation: by hand, against FLAP, and against least squares."""
 
 from __future__ import annotations
 

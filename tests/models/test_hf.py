@@ -112,7 +112,7 @@ def test_experts_that_leave_neurons_out(open_tiny: OpenTiny, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("variant", ["llama", "llama+bias"])
 def test_a_static_layout_with_a_bias(open_tiny: OpenTiny, tmp_path: Path, variant: str) -> None:
-    """What is dropped is made up for by a bias, on top of one that the FFN has of its own."""
+    """Check that a static layout's output bias is added, on top of the FFN's own if it has one."""
     checkpoint = open_tiny(variant)
     bias_D = torch.linspace(-1, 1, 32)
     layout = random_layout(48, shared=30, experts=0, top_k=0, output_bias_D=bias_D)

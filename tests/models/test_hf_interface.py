@@ -1,4 +1,4 @@
-"""What transformers, accelerate, torch and servers expect of a model, asked of a converted one."""
+"""Interfaces of a converted model that transformers, accelerate, torch and servers rely on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``assemble`` makes of layouts, routers and compensations."""
+"""Model that ``assemble`` builds from layouts, routers and compensations."""
 
 from __future__ import annotations
 

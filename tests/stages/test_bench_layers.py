@@ -66,7 +66,7 @@ def test_impossible_sizes(neurons: int, slices: int, sparsity: float, message: s
 
 @pytest.fixture
 def cases(monkeypatch: pytest.MonkeyPatch) -> list[LayerCase]:
-    """What was timed, in order; a single copy of it, so that it takes no time."""
+    """Record the layers that are timed, in order, with a single copy of each to save time."""
     timed: list[LayerCase] = []
     measure = layers.measure_layer
 

@@ -1,4 +1,4 @@
-"""What ``eval`` reports of the cost of a converted model."""
+"""FLOPs of a converted model in the results of ``eval``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIDDEN = 32
 
 
 def evaluated(run_dir: Path) -> dict[str, Any]:
-    """What ``eval`` wrote, after a comparison with the summary in its manifest."""
+    """Run ``eval``, compare its results with its manifest's summary, and return the results."""
     config = EvalConfig(sequence_length=64, windows=4, router=True)
     summary = evaluate(StageContext(run_dir), config).summary
     results = read_results(run_dir)

@@ -44,7 +44,7 @@ def written(model: str | Path, prompt: str = PROMPT, **options: Any) -> tuple[st
 
 
 def expected(folder: Path, prompt: str = PROMPT, tokens: int = 16) -> str:
-    """What transformers itself writes."""
+    """Generate the greedy continuation of a prompt with transformers' own ``generate``."""
     assert weaver is not None
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids_1T = torch.tensor([list(prompt.encode())])

@@ -1,4 +1,4 @@
-"""What ``partition`` says about the layers that it made."""
+"""Layers in the summary of ``partition``: predicted speed-ups, and softmax weights."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_inspect_shows_two_levels(run_dir: Path) -> None:
 
 
 class InterruptionError(Exception):
-    """What a stage is stopped with."""
+    """Exception that interrupts a stage in these tests."""
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "partition"])

@@ -113,7 +113,7 @@ def ffn_inputs(layer: int, hidden: int) -> Tensor:
 def source_of(
     checkpoint: ConvertedCheckpoint, *, approximate: bool = False, softmax: bool = False
 ) -> Source:
-    """What targets are built from."""
+    """Build an export's ``Source`` from a converted model, with approximated layers on request."""
     hidden = checkpoint.config.hidden_size
 
     def layer(index: int) -> ConvertedLayer:

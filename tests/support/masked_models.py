@@ -1,4 +1,4 @@
-"""What a partial conversion means, said without any of the code that computes it."""
+"""Reference for partial conversions, independent of the kernels: dense FFNs with masked neurons."""
 
 from __future__ import annotations
 

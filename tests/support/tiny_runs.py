@@ -74,7 +74,7 @@ def run_stages(
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
-    """What ``eval`` wrote."""
+    """Read the ``eval/results.json`` of a run."""
     results: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
     return results
 

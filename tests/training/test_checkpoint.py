@@ -26,7 +26,7 @@ CONFIG = FinetuneConfig(
 
 
 class InterruptionError(Exception):
-    """What stops a training in these tests."""
+    """Exception that interrupts a training in these tests."""
 
 
 @pytest.fixture

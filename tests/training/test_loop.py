@@ -29,7 +29,7 @@ CONFIG = FinetuneConfig(
 
 
 class InterruptionError(Exception):
-    """What stops a training in these tests."""
+    """Exception that interrupts a training in these tests."""
 
 
 def stop_at(step: int) -> Callable[[StepReport], None]:

@@ -1,4 +1,4 @@
-"""What is trained, in which groups, and at which rate."""
+"""Choice of trained parameters, optimizer groups, and learning rate schedule."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ PHASES: list[dict[str, Any]] = [
 
 
 class InterruptionError(Exception):
-    """What stops a training in these tests."""
+    """Exception that interrupts a training in these tests."""
 
 
 def config_of(phases: list[dict[str, Any]], **values: Any) -> FinetuneConfig:

@@ -1,4 +1,4 @@
-"""What an expert adds to the output of its layer, and how near it alone comes to that output."""
+"""Squared norms of expert contributions to a layer's output, and squared errors of each expert."""
 
 from __future__ import annotations
 

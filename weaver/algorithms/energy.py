@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def centred_energy(hidden_variance_F: Tensor, down_FD: Tensor) -> Tensor:
-    """What dropping a neuron costs once its mean is compensated: FLAP's fluctuation score.
+    """Compute FLAP's fluctuation score: the error of replacing each neuron by its mean.
 
     ``score_j = Var(h_j) * ||Wd_j||^2``, the mean squared output error of replacing ``h_j`` by its
     mean.

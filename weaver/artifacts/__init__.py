@@ -1,1 +1,1 @@
-"""What stages leave on disk: tensor files, manifests, and the types they hold."""
+"""Artifacts of stages on disk: tensor files, manifests, results, and the types they hold."""

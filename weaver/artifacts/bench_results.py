@@ -1,4 +1,4 @@
-"""What ``bench`` writes, behind its ``results.json``."""
+"""Types of the results that ``bench`` writes to ``results.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished stage says about itself: its configuration, inputs, outputs and circumstances."""
+"""Manifest and fingerprint of a stage: configuration, inputs, outputs and environment."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class StageRequest(BaseModel):
         return text_digest(canonical_json(payload))
 
     def differences(self, other: StageRequest) -> list[str]:
-        """What differs from another request of the same stage, one line a key."""
+        """List the seed and configuration keys that differ from another request, one line each."""
         mine = _flatten({"seed": self.seed, **self.config})
         theirs = _flatten({"seed": other.seed, **other.config})
         return [

@@ -1,4 +1,4 @@
-"""What ``eval`` writes, behind its ``results.json``, and the smoke test's result."""
+"""Types of the results that ``eval`` writes to ``results.json``, and of the smoke test's result."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class LayerRouterScores(RouterScores):
 
 
 class RouterReport(Record):
-    """What ``weaver eval --router`` adds.
+    """Router report of ``weaver eval --router``: router fidelity and partition stability.
 
     Args:
         method: the method whose partition is measured.
@@ -184,7 +184,7 @@ class RouterReport(Record):
 
 
 class SmokeResult(Record):
-    """What the smoke test at the end of ``assemble`` found; ``smoke_test`` in its summary.
+    """Result of the smoke test at the end of ``assemble``; ``smoke_test`` in its summary.
 
     Args:
         tokens: positions of held-out text that predicted a token.

@@ -312,7 +312,7 @@ class Router(TensorRecord):
 
 @dataclass(frozen=True)
 class Compensation(TensorRecord):
-    """What the output of one converted layer gets in return for the experts that it skips.
+    """Skip compensation of one converted layer: a refitted down projection and constants.
 
     ``y = h_shared Wd_shared + sum_{e selected} w_e (h_e Wd_e + b_e) + output_bias``
 

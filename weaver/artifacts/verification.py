@@ -1,4 +1,4 @@
-"""What ``weaver verify`` measured, as it lies on disk."""
+"""Type of the stored result of ``weaver verify``: an export compared with its model."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Level(StrEnum):
-    """What is timed."""
+    """Part of a model that is timed: the whole, an FFN with its router, or an FFN without it."""
 
     MODEL = "model"
     LAYER = "layer"

@@ -1,4 +1,4 @@
-"""What every subcommand does around its stage: context, lock, dry run, result."""
+"""Shared frame of the subcommands that run a stage: context, lock, dry run, printed result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What subcommands print: tables of a stage's summary, of a plan, of a run."""
+"""Tables that subcommands print: summary of a stage, plan of a dry run, stages of a run."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _show_export(console: Console, summary: dict[str, Any]) -> None:
 
 
 def show_verification(console: Console, title: str, result: dict[str, Any]) -> None:
-    """What an export and its model have in common."""
+    """Print the agreement of an export with its model: KL, perplexities, top-1, greedy text."""
     forms: dict[str, tuple[str, Callable[[float], str]]] = {
         "kl": ("KL to the model, nats/token", "{:.2e}".format),
         "native_perplexity": ("perplexity of the model", format_number),
@@ -256,7 +256,7 @@ _SUMMARIES: dict[str, Callable[[Console, dict[str, Any]], None]] = {
 
 
 def show_plan(console: Console, plan: Sequence[PlannedStage], needs: Estimate) -> None:
-    """What a dry run found, and the estimate of memory and disk."""
+    """Print the plan of a dry run, a row per stage, and the estimate of memory and disk."""
     rows = [(stage.stage, stage.status, stage.note) for stage in plan]
     console.print(console_table("dry run", ("stage", "would", "note"), rows))
     console.print(

@@ -1,4 +1,4 @@
-"""What ``weaver bench`` prints: measured speeds, and the GPU kernels' predicted ones."""
+"""Tables that ``weaver bench`` prints: measured speeds, and predicted ones of the GPU kernels."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class AssembleConfig(Section):
 
 
 class EvalConfig(Section):
-    """What is measured on the converted model, next to the dense one."""
+    """Settings of the comparison with the dense model: text, tasks, router report and dtype."""
 
     data: tuple[str, ...] = Field(("builtin:held-out",), min_length=1)
     sequence_length: int = Field(2048, gt=1)

@@ -253,7 +253,11 @@ def _take_turns(queues: Iterable[Iterable[ItemT]]) -> Iterator[ItemT]:
 
 
 def separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What stands before a text, and after it, in what the model was trained on."""
+    """Return the special tokens around a text: BOS before it if the tokenizer adds it, else EOS.
+
+    Returns:
+        Token ids before the text, and those after it; at most one id in all.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and bos in tokenizer("", add_special_tokens=True)["input_ids"]:
         return [int(bos)], []

@@ -1,4 +1,4 @@
-"""What a converted FFN is timed against: the dense FFN, and the experts of transformers."""
+"""Timing baselines of a converted FFN: the dense FFN, and the experts of transformers."""
 
 from __future__ import annotations
 

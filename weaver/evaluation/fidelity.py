@@ -164,7 +164,7 @@ class KeptInputs:
         self._tokens += x_TD.shape[0]
 
     def inputs(self) -> Tensor:
-        """What was kept, (N, D), in the dtype of the model."""
+        """Return the kept inputs in the order of the stream, (N, D), in the dtype of the model."""
         return torch.cat(self._kept)
 
 

@@ -68,7 +68,7 @@ def generate_ids(
     streamer: TextStreamer | None = None,
     ends: bool = True,
 ) -> Tensor:
-    """What transformers' ``generate`` appends to prompts of equal length.
+    """Continue prompts of equal length with transformers' ``generate`` and return the new tokens.
 
     Of the model's ``generation_config.json`` only the special tokens count: a repetition penalty or
     a top-k in it would hide what the model itself does, and differ between models.

@@ -41,7 +41,7 @@ class Request:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model reads: the last token is only predicted."""
+        """Input tokens of the model: all but the last one, which is only predicted."""
         return self.tokens[:-1]
 
 

@@ -43,7 +43,7 @@ REPETITION_MARGIN = 0.25
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of the text.
+    """Answers of a model to the smoke test: log-probabilities and greedy continuations.
 
     Args:
         log_p: per window the log-probabilities of every next token, float32, (T - 1, V).
@@ -114,16 +114,19 @@ def smoke_result(dense: Answers, converted: PreTrainedModel, windows_WT: Tensor)
 
 
 def kl_problems(kl: float | None) -> list[str]:
-    """What is wrong with a KL(dense || converted), nats per token: above ``KL_BOUND``."""
+    """Return a message if a KL(dense || converted), nats per token, is above ``KL_BOUND``."""
     if kl is None or kl <= KL_BOUND:
         return []
     return [f"KL to the dense model is {kl:.2f} nats per token, above {KL_BOUND:g}"]
 
 
 def repetition_problems(converted: float, dense: float) -> list[str]:
-    """What is wrong with the repetition of two models after the same prompts.
+    """Return a message if the converted model repeats itself far more than the dense one.
 
     Degenerate is ``r > REPETITION_BOUND and r > r_dense + REPETITION_MARGIN``.
+
+    Args:
+        converted, dense: share of repeated 4-grams in the continuations of the same prompts.
     """
     if converted <= REPETITION_BOUND or converted <= dense + REPETITION_MARGIN:
         return []

@@ -21,7 +21,7 @@ from weaver.kernels.reference import Routing
 
 @runtime_checkable
 class RoutedLayer(Protocol):
-    """What a module needs for its usage to be counted."""
+    """Interface of a module whose expert usage is counted: number of experts, and routing."""
 
     @property
     def num_routed_experts(self) -> int:

@@ -64,7 +64,7 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
 
 
 def decoder_obstacles(checkpoint: ConvertedCheckpoint) -> list[Obstacle]:
-    """What keeps a decoder out of every stock target."""
+    """List a decoder's obstacles to every stock target: family, sliding window and activation."""
     family, own = checkpoint.family.model_type, "--to weaver"
     if family not in PRE_NORM_FAMILIES:
         why = f"no stock Mixture-of-Experts model is built like it: {_REASONS[family]}"

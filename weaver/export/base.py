@@ -1,4 +1,4 @@
-"""What every export target is given, and what it gives back."""
+"""Interface of export targets: obstacles, the source model, and the stock model made of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a converted FFN has that a stock one may not hold, and what can be put in its place."""
+"""Features of a converted FFN that a stock one may lack, and the nearest stock layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ffn_obstacles(
     intercepts: bool,
     softmax: bool = False,
 ) -> list[Obstacle]:
-    """What a target with linear top-k routers and experts without constants cannot hold.
+    """List the FFN features that a target with linear top-k routers and no constants lacks.
 
     Args:
         checkpoint: the converted model.

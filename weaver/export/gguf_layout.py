@@ -43,12 +43,15 @@ class TensorPlan:
 def plan_tensors(
     config: PreTrainedConfig, parts: Sequence[Part], kind: GGMLQuantizationType
 ) -> list[list[TensorPlan]]:
-    """What to make of each part, in the order of the file.
+    """Plan the GGUF tensors that are made from each part, in the order of the file.
 
     Args:
         config: of the stock model.
         parts: its tensors.
         kind: of the matrices, except the router and those whose rows it cannot hold.
+
+    Returns:
+        One list of tensors per part.
 
     Raises:
         ValueError: the parts are not the tensors of such a model.

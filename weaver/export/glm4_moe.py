@@ -42,7 +42,7 @@ _BIAS = "e_score_correction_bias"
 
 
 def obstacles(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obstacle]:
-    """What ``glm4_moe`` cannot hold of a model."""
+    """List the model's features that ``glm4_moe`` cannot hold in ``dtype``."""
     found = decoder_obstacles(checkpoint)
     if found and found[0].approximation is None:
         return found

@@ -38,7 +38,7 @@ ROUTER_SCALE = 2.0**-40
 
 
 def obstacles(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obstacle]:
-    """What ``granitemoeshared`` cannot hold of a model."""
+    """List the model's features that ``granitemoeshared`` cannot hold in ``dtype``."""
     found = decoder_obstacles(checkpoint)
     if found and found[0].approximation is None:
         return found

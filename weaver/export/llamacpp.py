@@ -1,4 +1,4 @@
-"""What llama.cpp computes with a GGUF file: log-probabilities and greedy tokens.
+"""Log-probabilities and greedy tokens that llama.cpp computes with a GGUF file.
 
 Through the package ``xllamacpp``, llama.cpp with Python bindings; only checks need it, not the
 export. Attention and its cache stay float32, so that differences come from the weights and the

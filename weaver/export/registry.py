@@ -25,7 +25,7 @@ def stock_target(name: str) -> Target:
 
 
 def obstacles(name: str, checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> list[Obstacle]:
-    """What a stock target cannot hold of a model, with weights of a dtype."""
+    """List the model's features that a stock target cannot hold, with weights of ``dtype``."""
     if checkpoint.two_level:
         return [_TWO_LEVELS]
     return stock_target(name).obstacles(checkpoint, dtype)
@@ -55,7 +55,12 @@ def choose(checkpoint: ConvertedCheckpoint, dtype: torch.dtype) -> tuple[str, st
 
 
 def check(name: str, found: list[Obstacle], *, approximate: bool) -> list[str]:
-    """What is approximated.
+    """Return the approximations of an export, one line per obstacle, or refuse the export.
+
+    Args:
+        name: of the target, for messages.
+        found: its obstacles.
+        approximate: whether approximations are allowed.
 
     Raises:
         WeaverError: something cannot be held, and is not approximated or nothing comes close.

@@ -96,7 +96,7 @@ def triton_slots(
 
 
 def backend_for(x_TD: Tensor, weights: GluWeights, *differentiable: Tensor | None) -> Backend:
-    """What computes a call.
+    """Choose the backend of a call by device, dtype, size and whether gradients are needed.
 
     triton: on a CUDA device with the triton package, gradients included. native: on a CPU in one of
     its dtypes, without gradients, if the kernel can be compiled. torch: everything else, and layers
@@ -121,7 +121,7 @@ def backend_for(x_TD: Tensor, weights: GluWeights, *differentiable: Tensor | Non
 
 
 def cpu_backend(size: int, dtype: torch.dtype) -> Backend:
-    """What computes on a CPU without gradients.
+    """Choose the backend of a call on a CPU without gradients, by size and dtype.
 
     Args:
         size: weights of one matrix.

@@ -1,4 +1,4 @@
-"""What the MoE FFN costs on this machine: measured once per kind of layer, and kept.
+"""Seconds of the MoE FFN on this machine, measured once per kind of layer and kept in a file.
 
 Which path is faster depends on the processor, the dtype, the sizes and the number of threads, and
 no formula says it well. So a kind of layer (``Family``) is timed when it is first met, at a few
@@ -158,7 +158,7 @@ def costs_of(family: Family) -> Costs:
 
 
 def _read(file: FilePath) -> Costs | None:
-    """What a file holds; None if there is none, or a damaged one."""
+    """Read the costs from a file; None if it is missing or damaged."""
     try:
         values = json.loads(file.read_text())
         return Costs(**{field.name: tuple(values[field.name]) for field in fields(Costs)})

@@ -1,4 +1,4 @@
-"""What kernels depend on that is not in a model: the processor."""
+"""Name, clock and instruction sets of the processor that the kernels run on."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class Layer:
         return choose_variant(PrefillShape(tokens, self.hidden_size, *experts, SIZE))
 
     def least(self, tokens: int) -> list[Launch]:
-        """What the dense FFN and what this one cannot avoid.
+        """Return the least FLOPs and bytes of the dense FFN and of this one, a launch each.
 
         ``2 T D (3 A + r)`` FLOPs and ``D (3 R + r + 2 T)`` values: A neurons are computed per token
         and R read for any, the router has r rows; (F, F, 0) and (S + K N, S + U N, E).
@@ -219,7 +219,7 @@ class Shape:
         return Layer(self.hidden_size, shared * width, slices - shared, width, active - shared)
 
     def rest(self, tokens: int) -> Launch:
-        """What a layer cannot avoid besides its FFN: attention, and its part of the head.
+        """Return the least FLOPs and bytes of a layer's attention and of its part of the head.
 
         A prompt attends to half of itself on average, and only its last token has logits.
         """

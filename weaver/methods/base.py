@@ -1,4 +1,4 @@
-"""What a conversion method gets and gives: the types of one layer's problem."""
+"""Types of a conversion method: its options, one layer's problem, and its row in the table."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _LEAST_WEIGHT = 1e-12
 
 @dataclass(frozen=True)
 class CompensationPlan:
-    """What is done about skipped experts.
+    """Plan of a layer's skip compensation: which parts are solved, and the shrinkage to try.
 
     Args:
         refit: re-solve the down projection.

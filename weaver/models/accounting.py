@@ -191,7 +191,7 @@ class DenseFfn:
 
 @dataclass(frozen=True)
 class ModelAccount:
-    """What a conversion costs and saves, for the whole model.
+    """Parameters, FLOPs and sparsity of a whole model before and after its conversion.
 
     Sums over FFNs are weighted by ``DenseFfn.token_share``, so that what a token uses of two levels
     of experts is the outer K times what it uses of one of their FFNs. Routers and shared experts

@@ -19,7 +19,7 @@ from weaver.models.sites import Site, TwoLevelShape, number_sites, read_shape
 
 
 class Tensors(Protocol):
-    """What is read of a checkpoint."""
+    """Interface of a checkpoint whose FFNs are read: tensors, config, family and activation."""
 
     config: PreTrainedConfig
     family: Family

@@ -31,7 +31,7 @@ from weaver.models.two_level import converted_module, place
 
 @dataclass(frozen=True)
 class ConvertedClasses:
-    """What transformers builds a converted model of one family from."""
+    """Config, backbone and causal LM classes of one family's converted models."""
 
     config: type[PreTrainedConfig]
     backbone: type[PreTrainedModel]

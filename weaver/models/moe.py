@@ -47,7 +47,7 @@ class MoERouter(nn.Module):
         )
 
     def forward(self) -> Router:
-        """``record`` as a call: what fetches weights where they are needed sees calls only."""
+        """``record`` as a call: goes through ``__call__`` so that FSDP hooks fire."""
         return self.record()
 
 
@@ -197,7 +197,7 @@ class MoEFeedForward(nn.Module):
         return y_TD
 
     def _lowest(self, x_TD: Tensor) -> Tensor | None:
-        """What scores must exceed, (T,); None for 0, where no sequence is known."""
+        """Return the pacer's threshold on the scores, (T,); None for 0, outside of its calls."""
         if self.pace is None:
             return None
         pacer, index = self.pace
@@ -206,7 +206,7 @@ class MoEFeedForward(nn.Module):
 
     @property
     def paced(self) -> PacedLayer | None:
-        """What a pacer has to know of this layer; None if its number of experts does not vary."""
+        """K, N and threshold slope for a pacer; None unless a threshold selects the experts."""
         shape = self.shape
         if shape.selection != "threshold":
             return None

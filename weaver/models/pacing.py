@@ -32,7 +32,7 @@ LOWEST_TARGET, HIGHEST_TARGET = 0.4, 1.8
 
 @dataclass(frozen=True)
 class PacedLayer:
-    """What the pacer has to know of one layer.
+    """Experts, costs and threshold slope of one layer, as the pacer needs them.
 
     Args:
         experts: mean number of experts per token on calibration text, behind the early tokens.
@@ -48,7 +48,7 @@ class PacedLayer:
 
 
 class SpentExperts(DynamicLayer):
-    """What sequences have used, kept as one more layer of the cache of keys and values.
+    """Experts that sequences have used, kept as one more layer of the cache of keys and values.
 
     ``keys`` are running totals, int32, (B, 1, tokens, L + 1): experts used in each paced layer
     behind the first tokens, then the number of tokens. A history like that of keys is reordered,

@@ -92,7 +92,7 @@ class InputTap(nn.Module):
 
 
 def _without_ffns(ffn: nn.Module) -> nn.Module:
-    """What stands in the place of some FFNs while the rest of a layer is loaded."""
+    """Return a stand-in without FFN weights, so that the rest of a layer can be loaded strictly."""
     if not isinstance(ffn, InnerFfns):
         return nn.Identity()
     shared = None if ffn.shared is None else nn.Identity()

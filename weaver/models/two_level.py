@@ -135,7 +135,17 @@ class TwoLevelFeedForward(nn.Module):
 def converted_module(
     shape: AnyShape, hidden_size: int, activation: str, *, std: float = 0.02
 ) -> MoEFeedForward | InnerFfns:
-    """What takes the place of the FFN, or the FFNs, of a converted layer; random weights."""
+    """Build the module that replaces the FFN or FFNs of a converted layer, with random weights.
+
+    Args:
+        shape: of the converted layer.
+        hidden_size: D.
+        activation: weaver's name of the GLU's activation.
+        std: of the weights' initial values.
+
+    Returns:
+        A ``MoEFeedForward``; for a two-level shape an ``InnerFfns`` with one per expert.
+    """
 
     def ffn(inner: LayerShape) -> MoEFeedForward:
         return MoEFeedForward(inner, hidden_size, activation, std=std)

@@ -1,1 +1,1 @@
-"""What people read: tables, progress, model cards."""
+"""Reports for people: tables, plots, progress, model cards."""

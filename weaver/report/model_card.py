@@ -50,7 +50,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class ModelCardFacts:
-    """What a model card says.
+    """Facts of a model card: origin, method, layouts, parameters and measured values.
 
     Args:
         name: title, such as the model's folder name.

@@ -110,7 +110,7 @@ def mine_affinity(
 
 
 def affinity_summary(affinity: Affinity) -> dict[str, Any]:
-    """What the partition's manifest says of it."""
+    """Return the domain affinity as plain values for the summary in the partition's manifest."""
     return {
         "groups": list(affinity.groups),
         "experts": affinity.experts_G.tolist(),
@@ -125,7 +125,16 @@ def _row_path(folder: Path, group: int) -> Path:
 
 
 def _text(calibration: Calibration, windows: int) -> tuple[str, list[Tensor]]:
-    """What is measured on, and as many windows of each group as there are of every group."""
+    """Choose windows of every group: held-out text, or calibration text if a group has none.
+
+    Args:
+        calibration: keeps both.
+        windows: of each group at most.
+
+    Returns:
+        "held-out" or "calibration", and the windows of each group, int64, (W, T); W is the same for
+        all groups with held-out text.
+    """
     packed, held_out = read_packed_tokens(calibration.folder), read_held_out(calibration.folder)
     groups = range(len(packed.groups))
     counts = [held_out.of(group).shape[0] for group in groups]

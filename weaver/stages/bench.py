@@ -110,7 +110,7 @@ def pinned_threads(count: int | None) -> Iterator[None]:
 
 
 def summary(result: BenchResult) -> dict[str, Any]:
-    """What a manifest keeps and ``show`` prints."""
+    """Return header and rows as plain values, for the manifest and for ``show``."""
     return {
         "header": result.header.model_dump(),
         "rows": [row.model_dump() for row in result.rows],

@@ -32,7 +32,7 @@ STATIC_SLICES = 64
 
 @dataclass(frozen=True)
 class Budget:
-    """What every layer may use.
+    """Active neurons of every layer, and the predicted KL beside that of equal layers.
 
     Args:
         active_neurons: A of each layer.
@@ -161,7 +161,7 @@ def measure_curves(
 def _divided(
     curves: Sequence[ErrorCurve], slices: Slices, sparsity: float, uniform: int
 ) -> dict[str, Any]:
-    """What ``budget.json`` holds."""
+    """Divide the budget among the layers by their error curves, as values for ``budget.json``."""
     # In rows of 2 D FLOPs: three per neuron, one per expert of a router.
     budget = 3.0 * len(curves) * (slices.neurons * (1.0 - sparsity) - slices.leftover)
     chosen = allocate_slices(curves, 3.0 * slices.width, slices.router_rows, budget)

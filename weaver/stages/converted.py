@@ -46,7 +46,7 @@ class ConvertedModel:
         return site_shapes([read_shape(entry) for entry in config.weaver["layers"]])
 
     def account(self) -> ModelAccount:
-        """What the conversion costs and saves."""
+        """Return the parameters and FLOPs of the dense and of the converted model."""
         return account_of(self.dense, self.shapes())
 
     def load(self, dtype: DtypeName) -> PreTrainedModel:
@@ -95,7 +95,7 @@ def _newest(context: StageContext, *, finetuned: bool) -> tuple[str, Path, Stage
 
 
 def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount:
-    """What a conversion of a model into these shapes, one per FFN, costs and saves."""
+    """Return parameters and FLOPs of a model and of its conversion into shapes, one per FFN."""
     first = checkpoint.dense_shape(0)
     return ModelAccount(
         hidden_size=checkpoint.hidden_size,
@@ -111,7 +111,7 @@ def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount
 
 
 def companions(folder: Path) -> list[Path]:
-    """What lies beside a converted model's weights and belongs to it: tokenizer, generation config.
+    """List the files that belong to a converted model's weights: tokenizer, generation config.
 
     ``config.json`` and the model card, which say what the model is, are not among them.
     """

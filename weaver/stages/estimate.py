@@ -1,4 +1,4 @@
-"""What a conversion will need of memory and disk, from shapes alone."""
+"""Estimate of the memory and disk that a conversion needs, from shapes alone."""
 
 from __future__ import annotations
 

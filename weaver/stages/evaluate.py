@@ -44,7 +44,7 @@ HARNESS = "harness:"
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is evaluated on: windows of text, and task files by the name they were asked by."""
+    """Inputs of an evaluation: windows of text, task files by requested name, and their digests."""
 
     windows_WT: Tensor
     task_files: dict[str, Path]

@@ -40,7 +40,7 @@ COST = VerifyConfig(tokens=1024)
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is exported, in which form, and where to.
+    """Plan of an export: source model, target, approximations, folder and dtype.
 
     Args:
         converted: the run's model.

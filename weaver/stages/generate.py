@@ -38,7 +38,7 @@ _RECORDS = (REQUEST, MANIFEST)
 
 @dataclass(frozen=True)
 class Generated:
-    """What was written.
+    """Length, time and repetition of a generated text.
 
     Args:
         tokens: new tokens, an end-of-text token included.
@@ -52,7 +52,7 @@ class Generated:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the text by itself: ``repetition`` above ``REPETITION_BOUND``."""
+        """Warning if ``repetition`` of a long text is above ``REPETITION_BOUND``, else None."""
         if self.tokens < _ENOUGH_TOKENS or self.repetition <= REPETITION_BOUND:
             return None
         return f"{self.repetition:.0%} of the {NGRAM}-grams repeat earlier ones"

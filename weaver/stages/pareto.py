@@ -30,7 +30,7 @@ NUM_EXPERTS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one layout is predicted to cost and to give.
+    """Predicted KL, FLOPs and speed-ups of one layout.
 
     Args:
         num_experts: Ne, slices of the FFN, shared ones counted in.

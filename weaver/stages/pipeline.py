@@ -23,7 +23,7 @@ StageCall = Callable[[StageContext], StageManifest]
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a dry run found for one stage.
+    """Result of a dry run for one stage.
 
     Args:
         stage: its name.
@@ -74,7 +74,7 @@ def run_pipeline(
 
 
 def plan_pipeline(context: StageContext, calls: dict[str, StageCall]) -> list[PlannedStage]:
-    """What ``run_pipeline`` would do, without writing anything."""
+    """Plan what ``run_pipeline`` would do with each stage, without writing anything."""
     dry = replace(context, dry_run=True)
     plan: list[PlannedStage] = []
     for stage, call in calls.items():

@@ -123,7 +123,7 @@ def kept_positions(
 def group_arguments(
     sample_groups_M: Tensor, packed: PackedTokens, config: CalibrateConfig
 ) -> dict[str, Any]:
-    """What ``LayerStatistics`` is told of groups: nothing, if the calibration mixes them.
+    """Return the group arguments of ``LayerStatistics``; none if the calibration mixes groups.
 
     Args:
         sample_groups_M: group of each sample that is profiled.
@@ -136,7 +136,7 @@ def group_arguments(
 
 
 class ExpertInputs:
-    """What reaches the FFNs of a MoE layer: all inputs, and the tokens of every expert.
+    """Inputs of the FFNs of a MoE layer: those of all tokens, and the tokens of every expert.
 
     The inputs of a whole layer are kept, as large as its hidden states, since the statistics of
     many experts at once would be larger. Tokens are numbered along the stream.

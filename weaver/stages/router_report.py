@@ -38,7 +38,7 @@ HELD_OUT_TOKENS = 2048
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What the report is made from, besides the converted model and its text.
+    """Inputs of the router report, besides the converted model and its text.
 
     Args:
         partition: the partition of the run.

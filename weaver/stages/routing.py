@@ -26,7 +26,7 @@ from weaver.stages.parents import COMPENSATION_FOLDER, read_compensation, read_r
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """What carries a token past a layer besides its neurons.
+    """Router and skip compensation of one converted layer.
 
     Args:
         router: None for a static layer.

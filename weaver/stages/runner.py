@@ -63,7 +63,7 @@ class WouldRun(Exception):  # noqa: N818 - a message to the planner, not an erro
 
 @dataclass(frozen=True)
 class StageContext:
-    """What every stage needs besides its configuration.
+    """Settings that every stage shares: run directory, seed, flags, progress and messages.
 
     Args:
         run_dir: the run directory.
@@ -91,7 +91,7 @@ class StageContext:
 def decide(
     folder: Path, request: StageRequest, *, force: bool, command: str | None = None
 ) -> Status:
-    """What a request would do, given what is on disk.
+    """Decide from the stage's folder whether a request has to run, to resume or to be skipped.
 
     Args:
         folder: the stage's folder.

@@ -42,7 +42,7 @@ class RescuedError(Exception):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained on what, the same in every process.
+    """Models, phases and texts of a training, the same in every process.
 
     Args:
         converted: the assembled model and the dense one.

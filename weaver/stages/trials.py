@@ -90,7 +90,7 @@ def convert_alone(
 
 @dataclass(frozen=True)
 class Trial:
-    """What trial layers are fitted on and measured on.
+    """Calibration rows for fitting and for measuring trial layers, with Fisher gradients.
 
     Args:
         fit_n: rows of the profiles' FFN inputs to fit on.

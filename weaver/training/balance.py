@@ -16,7 +16,7 @@ from weaver.kernels.reference import Routing
 
 @runtime_checkable
 class RoutedFeedForward(Protocol):
-    """What training needs to know of a converted FFN module (see ``weaver.models.moe``).
+    """Interface of a converted FFN module to training (see ``weaver.models.moe``).
 
     ``router`` is None for a static layer; otherwise a module with a buffer ``balance_bias``, (E,).
     """
@@ -83,7 +83,7 @@ def balance_step(load_E: Tensor, target: float, bias_E: Tensor, update: float) -
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """What one layer has routed.
+    """Load of one layer's experts: tokens that chose each of them, and tokens in all.
 
     Args:
         counts_E: tokens that chose each expert, int64, (E,).

@@ -33,7 +33,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the guard saw.
+    """Evaluation of a model in training on held-out text, with its step and phase.
 
     Args:
         step: steps done before it, over all phases; 0 is the model before the training.
@@ -98,7 +98,7 @@ def save_best(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
 
 
 def load_best(folder: Path, step: int) -> dict[str, Tensor]:
-    """What ``save_best`` wrote.
+    """Read the merged weights that ``save_best`` wrote after ``step`` steps, by name.
 
     Raises:
         WeaverError: the file is missing or damaged.

@@ -45,7 +45,7 @@ class DivergedError(WeaverError):
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training did.
+    """Record of a training: losses, tokens, seconds, steps and evaluations.
 
     Args:
         losses: loss of every step in nats per token, before that step's update.
@@ -205,7 +205,7 @@ def _diverged(
 def _settings(
     config: FinetuneConfig, phases: Sequence[PhaseConfig], windows: Sequence[Tensor], seed: int
 ) -> dict[str, Any]:
-    """What a resumed training must share with the one that wrote the checkpoint."""
+    """Collect the settings that a resumed training must share with its checkpoint."""
     settings: dict[str, Any] = {"seed": seed}
     settings |= config.model_dump(mode="json", include=_GUARD_SETTINGS)
     for number, (phase, windows_WT) in enumerate(zip(phases, windows, strict=True), start=1):

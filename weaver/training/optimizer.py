@@ -1,4 +1,4 @@
-"""What is trained, and how fast: choice of parameters, groups of AdamW, learning rate schedule."""
+"""Choice of the trained parameters, groups of AdamW, and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], phase: PhaseConfig) 
 
 
 def _choices(model: nn.Module) -> dict[str, Callable[[str], bool]]:
-    """What each word of ``trainable`` and of ``lora.also`` means for a parameter's name."""
+    """Map each word of ``trainable`` and of ``lora.also`` to a test of a parameter's name."""
     routers = tuple(f"{name}.router." for name in routed_layers(model))
     return {
         "all": lambda _name: True,

@@ -154,7 +154,7 @@ def resolve_phases(config: FinetuneConfig) -> tuple[PhaseConfig, ...]:
 def resolved_config(
     config: FinetuneConfig, phases: Sequence[PhaseConfig], precision: str
 ) -> dict[str, Any]:
-    """What the stage records: the section as a configuration that names each phase in full.
+    """Return the configuration that the stage records, with precision and phases in full.
 
     Args:
         config: the section.

@@ -58,7 +58,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 def read_layers(
     model: nn.Module, names: Sequence[str], read: Callable[[str], Tensor]
 ) -> dict[str, Tensor]:
-    """What ``read`` says of each name while the weights of the name's layer are whole, on the CPU.
+    """Apply ``read`` to each name while its layer is unsharded, and copy the results to the CPU.
 
     Every process has to call it.
 

@@ -213,7 +213,7 @@ class Trainer:
         return held_out
 
     def _evaluate(self, at_work: PhaseModel, guard: Guard) -> HeldOut:
-        """What the main process measures."""
+        """Evaluate the model with the guard and return the main process's result everywhere."""
         at_work.model.eval()
         found: HeldOut | None = None
         if self.workers.reads_weights:

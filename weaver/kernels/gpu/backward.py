@@ -41,7 +41,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class HiddenGradients:
-    """What ``hidden_gradients_kernel`` leaves, by row of the dispatch; see there.
+    """Outputs of ``hidden_gradients_kernel`` by row of the dispatch; see there for the formulas.
 
     Args:
         gates_PN: gradients at the gates' pre-activations, (P, N).

@@ -1,4 +1,4 @@
-"""What each kernel takes on each architecture, found by compiling it, without a GPU."""
+"""Resources of each kernel on each architecture, found by compiling it, without a GPU."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources(Case):
-    """What the compiled kernel takes.
+    """Resources of a compiled kernel: registers, memory and instruction counts.
 
     Args:
         registers: per thread.
@@ -208,7 +208,7 @@ def write_table(found: Sequence[Resources], path: Path) -> None:
 
 
 def read_table(path: Path) -> list[Resources]:
-    """What ``write_table`` wrote."""
+    """Read the JSON list of compiled kernels that ``write_table`` wrote."""
     return [
         Resources(**{**row, "instructions": Instructions(**row["instructions"])})
         for row in json.loads(path.read_text())

@@ -50,7 +50,7 @@ class Experts:
         }
 
     def gate_up_arguments(self) -> dict[str, Any]:
-        """What the kernels need that compute ``h``."""
+        """Return the arguments of the kernels that compute ``h``: gate, up, strides, activation."""
         return {
             "gate_RD": self.gate_RD,
             "up_RD": self.up_RD,
@@ -62,5 +62,5 @@ class Experts:
         }
 
     def down_arguments(self) -> dict[str, Any]:
-        """What the kernels need that apply the down projection."""
+        """Return the arguments of the kernels that apply the down projection: matrix and stride."""
         return {"down_RD": self.down_RD, "stride_down": self.down_RD.stride(0)}

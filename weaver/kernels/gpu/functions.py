@@ -1,4 +1,4 @@
-"""What the kernels share: the product of two blocks, and activations with their derivatives."""
+"""Functions that the kernels share: block products, and activations with their derivatives."""
 
 import triton
 import triton.language as tl

@@ -117,7 +117,7 @@ def input_gradient_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr = False,
 ):
-    """What each pair adds to dx, ``gates gate_e + ups up_e``, at the row of the slot, (P, D)."""
+    """Compute each pair's term of dx, ``gates gate_e + ups up_e``, at its slot's row, (P, D)."""
     tile = tl.program_id(0)
     expert = tl.load(tile_experts_M + tile)
     if expert == num_experts:
