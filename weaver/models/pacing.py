@@ -23,9 +23,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 # A young sequence is taken to have kept the pace for this many tokens.
 PRIOR_TOKENS = 8.0
-# Overspending is paid back by the layers that remain and by this many more: the last layer alone
-# would otherwise pay for whatever the one before it did.
-EXTRA_LAYERS = 1.0
+# Overspending is paid back by the layers that remain and by this many more, since the last layers
+# would otherwise pay for whatever those before them did. docs/LOG.md has what other values gave.
+EXTRA_LAYERS = 1.5
 # Limits of a token's target, as multiples of K.
 LOWEST_TARGET, HIGHEST_TARGET = 0.4, 1.8
 
