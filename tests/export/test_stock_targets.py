@@ -271,7 +271,7 @@ def test_the_best_target_is_chosen_with_the_reason(tmp_path: Path) -> None:
 def test_a_distilled_router_selects_mostly_the_same_experts() -> None:
     from weaver.algorithms.glu import GluWeights
     from weaver.export.features import approximated
-    from weaver.kernels.reference import route
+    from weaver.kernels.reference import ExpertChoice, route
     from weaver.models.accounting import LayerShape
     from weaver.models.converted import ConvertedLayer
 
@@ -288,7 +288,7 @@ def test_a_distilled_router_selects_mostly_the_same_experts() -> None:
     assert linear.kind == "linear"
     held_out_TD = x_TD[2000:]
     wanted_TE, found_TE = (
-        route(held_out_TD, each, "silu", 2).selected_TE() for each in (router, linear)
+        route(held_out_TD, each, "silu", ExpertChoice(2)).selected_TE() for each in (router, linear)
     )
     # Two of six by chance: a third.
     assert (wanted_TE & found_TE).sum() / wanted_TE.sum() > 0.8

@@ -33,7 +33,7 @@ from weaver.kernels.ops import (
     moe_forward,
     route_tokens,
 )
-from weaver.kernels.reference import Routing, masked_forward, route
+from weaver.kernels.reference import ExpertChoice, Routing, masked_forward, route
 
 LARGE = torch.empty(512, 256, device="meta")  # exactly SMALL weights
 
@@ -138,7 +138,10 @@ def test_tokens_are_routed_by_what_computes_the_ffn(make_ffn: Any, size: int) ->
     weights = make_ffn(size, 2 * size, dtype=torch.float32)
     router = Router("linear", torch.randn(5, size), torch.ones(5), torch.zeros(5))
     x_TD = torch.randn(9, size)
-    found, expected = route_tokens(x_TD, weights, router, 2), route(x_TD, router, "silu", 2)
+    found, expected = (
+        route_tokens(x_TD, weights, router, ExpertChoice(2)),
+        route(x_TD, router, "silu", ExpertChoice(2)),
+    )
     assert torch.equal(found.experts_P, expected.experts_P)
     torch.testing.assert_close(found.weights_P, expected.weights_P)
 
@@ -225,8 +228,10 @@ def test_a_layer_is_its_routing_and_its_experts(
     weights = make_ffn(256, neurons, dtype=torch.float32, biases=True)
     router, (x_TD, bias_ED) = router_for(256, kind, weighting), inputs(tokens, 256)
     shared = neurons // 4
-    y_TD, counts_T = layer_forward(x_TD, weights, router, top_k, selection, shared, bias_ED)
-    routing = route(x_TD, router, weights.activation, top_k, selection)
+    y_TD, counts_T = layer_forward(
+        x_TD, weights, router, ExpertChoice(top_k, selection), shared, bias_ED
+    )
+    routing = route(x_TD, router, weights.activation, ExpertChoice(top_k, selection))
     assert 0 < routing.num_pairs < 4 * tokens
     expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
@@ -259,12 +264,13 @@ def test_a_few_tokens_are_decoded_in_one_call(
         return decode(*arguments)
 
     monkeypatch.setattr(native, "decode", counted)
-    y_TD, _ = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
-    assert calls == [(2, "threshold", neurons // 4, bias_ED, None)] * taken
+    choice = ExpertChoice(2, "threshold")
+    y_TD, _ = layer_forward(x_TD, weights, router, choice, neurons // 4, bias_ED)
+    assert calls == [(choice, neurons // 4, bias_ED)] * taken
     # What has gradients is computed by what can be differentiated.
     for tensor in (x_TD, router.weight_ED, router.scale_E, bias_ED):
         tensor.requires_grad_()
-        found_TD, _ = layer_forward(x_TD, weights, router, 2, "threshold", neurons // 4, bias_ED)
+        found_TD, _ = layer_forward(x_TD, weights, router, choice, neurons // 4, bias_ED)
         assert found_TD.requires_grad
         assert len(calls) == taken
         torch.testing.assert_close(found_TD, y_TD, rtol=1e-4, atol=1e-5)
@@ -288,7 +294,7 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     pytest.importorskip("triton")
     weights = make_ffn(16, 34, dtype=torch.float32, biases=True)
     router, (x_TD, bias_ED) = router_for(16, kind, weighting), inputs(tokens, 16)
-    routing = route(x_TD, router, weights.activation, top_k, selection)
+    routing = route(x_TD, router, weights.activation, ExpertChoice(top_k, selection))
     expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
     monkeypatch.setattr(ops, "backend_for", lambda *_: "triton")
     shapes: list[tuple[int, ...]] = []
@@ -301,7 +307,9 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     if top_k == 1:
         # A list of pairs has as many as the values say: it would wait for the GPU.
         monkeypatch.setattr(ops, "route_tokens", lambda *_: pytest.fail("pairs were counted"))
-    y_TD, counts_T = layer_forward(x_TD, weights, router, top_k, selection, 10, bias_ED)
+    y_TD, counts_T = layer_forward(
+        x_TD, weights, router, ExpertChoice(top_k, selection), 10, bias_ED
+    )
     assert counts_T.tolist() == routing.counts_T().tolist()
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
     slots = 1 if selection == "top-k" else 4

@@ -17,6 +17,7 @@ from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_forward
 from weaver.artifacts.types import SELECTIONS, Router
 from weaver.kernels.grouped import grouped_forward
 from weaver.kernels.reference import (
+    ExpertChoice,
     Routing,
     masked_forward,
     route,
@@ -189,7 +190,7 @@ def test_the_intercept_by_hand() -> None:
     torch.testing.assert_close(found_TE, expected_TE)
     # Unlike the balance bias, the intercept enters the factors 1 + p * scale.
     scaled = replace(router, scale_E=torch.tensor([0.0, 2.0, 3.0]))
-    routing = route(torch.eye(2), scaled, "silu", 1)
+    routing = route(torch.eye(2), scaled, "silu", ExpertChoice(1))
     assert routing.experts_P.tolist() == [1, 2]
     torch.testing.assert_close(routing.weights_P, torch.tensor([2.0, 3.0]))
 
@@ -217,7 +218,7 @@ def test_routing_by_hand() -> None:
         scale_E=torch.tensor([10.0, 1.0, 2.0]),
         balance_bias_E=torch.tensor([-0.4, 0.0, 0.0]),
     )
-    routing = route(torch.ones(1, 1), router, "silu", 2)
+    routing = route(torch.ones(1, 1), router, "silu", ExpertChoice(2))
     # Probabilities (0.5, 0.3, 0.2); with the bias (0.1, 0.3, 0.2) experts 1 and 2 win. The bias
     # does not enter the factors 1 + 0.3 * 1 and 1 + 0.2 * 2.
     assert routing.experts_P.tolist() == [1, 2]
@@ -239,7 +240,7 @@ def test_threshold_routing_by_hand() -> None:
     x_TD = torch.tensor([[1.0, 5.0, 3.5], [1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [9.0, 0.0, 0.0]])
     # Logits (0, 3, 0.5), (0, 0, 0), (1, 1, 1) and (8, -2, -3): 0 itself is not above the threshold,
     # so that the second token has no expert. top_k = 1 plays no part.
-    routing = route(x_TD, THRESHOLD_ROUTER, "silu", 1, "threshold")
+    routing = route(x_TD, THRESHOLD_ROUTER, "silu", ExpertChoice(1, "threshold"))
     assert routing.tokens_P.tolist() == [0, 0, 2, 2, 2, 3]
     assert routing.experts_P.tolist() == [1, 2, 0, 1, 2, 0]
     assert (routing.num_tokens, routing.num_experts) == (4, 3)
@@ -255,7 +256,7 @@ def test_the_balance_bias_moves_the_threshold_of_the_logits() -> None:
     x_TD = torch.tensor([[1.0, 5.0, 3.5], [1.0, 2.0, 3.0]])
     router = replace(THRESHOLD_ROUTER, balance_bias_E=torch.tensor([0.25, -3.0, -0.25]))
     # Logits (0, 3, 0.5) and (0, 0, 0), with the bias (0.25, 0, 0.25) and (0.25, -3, -0.25).
-    routing = route(x_TD, router, "silu", 1, "threshold")
+    routing = route(x_TD, router, "silu", ExpertChoice(1, "threshold"))
     assert routing.tokens_P.tolist() == [0, 0, 1]
     assert routing.experts_P.tolist() == [0, 2, 0]
     # The factors are those of the logits without it: 1 + 10 / 3 for the second token.
@@ -265,7 +266,7 @@ def test_the_balance_bias_moves_the_threshold_of_the_logits() -> None:
 def test_only_a_linear_router_has_a_threshold() -> None:
     router = router_of(torch.ones(2, 1), torch.ones(2, 1))
     with pytest.raises(ValueError, match="a glu router selects by top-k"):
-        route(torch.ones(1, 1), router, "silu", 1, "threshold")
+        route(torch.ones(1, 1), router, "silu", ExpertChoice(1, "threshold"))
 
 
 @given(
@@ -290,7 +291,7 @@ def test_the_extremes_of_a_threshold(tokens: int, shared: int, experts: int, see
         (1e4, tokens * experts, glu_forward(x_TD, weights)),
     ):
         moved = replace(router, bias_E=torch.full((experts,), intercept))
-        routing = route(x_TD, moved, "silu", 1, "threshold")
+        routing = route(x_TD, moved, "silu", ExpertChoice(1, "threshold"))
         assert routing.num_pairs == pairs
         for forward in (masked_forward, grouped_forward):
             y_TD = forward(x_TD, weights, routing, shared)
@@ -302,7 +303,9 @@ def test_routing_properties(tokens: int, experts: int, seed: int, data: st.DataO
     top_k = data.draw(st.integers(1, experts))
     generator = torch.Generator().manual_seed(seed)
     router = router_of(torch.randn(experts, 3, generator=generator))
-    routing = route(torch.randn(tokens, 3, generator=generator), router, "silu", top_k)
+    routing = route(
+        torch.randn(tokens, 3, generator=generator), router, "silu", ExpertChoice(top_k)
+    )
     assert routing.tokens_P.tolist() == [token for token in range(tokens) for _ in range(top_k)]
     assert torch.equal(routing.selected_TE().sum(1), torch.full((tokens,), top_k))
     assert torch.equal(routing.weights_P, torch.ones(tokens * top_k))
@@ -317,8 +320,8 @@ def test_routing_is_computed_in_float32(dtype: torch.dtype) -> None:
     exact = replace(router_of(router.weight_ED.float(), scale=1.0), bias_E=bias_E.float())
     router = replace(router, bias_E=bias_E)
     for selection in SELECTIONS:
-        low = route(x_TD, router, "silu", 4, selection)
-        full = route(x_TD.float(), exact, "silu", 4, selection)
+        low = route(x_TD, router, "silu", ExpertChoice(4, selection))
+        full = route(x_TD.float(), exact, "silu", ExpertChoice(4, selection))
         assert low.num_pairs > 0
         assert torch.equal(low.tokens_P, full.tokens_P)
         assert torch.equal(low.experts_P, full.experts_P)

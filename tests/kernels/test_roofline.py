@@ -20,7 +20,7 @@ from weaver.kernels import roofline
 from weaver.kernels.gpu.configurations import DECODE_TOKENS
 from weaver.kernels.gpu.dispatch import dispatch_pairs
 from weaver.kernels.gpu.variants import PrefillShape, Variant, down_cost
-from weaver.kernels.reference import route
+from weaver.kernels.reference import ExpertChoice, route
 from weaver.kernels.roofline import DEVICES, SHAPES, Launch, Layer, dense_launches, moe_launches
 
 # 100 FLOP/s in matrix units, 50 outside, 10 bytes/s.
@@ -207,7 +207,7 @@ def test_launches_of_routing_and_dispatch_are_those_of_the_code() -> None:
     weight_ED = torch.ones(6, 8, dtype=torch.bfloat16)
     router = Router("linear", weight_ED, values_E, values_E, bias_E=values_E)
     with Operations() as routing:
-        ids_TK, _ = route(x_TD, router, "silu", 4).slots()
+        ids_TK, _ = route(x_TD, router, "silu", ExpertChoice(4)).slots()
     # The model has the product and the cast of the inputs as launches of their own.
     assert routing.names.count("addmm") == 1
     assert len(routing.names) == 2 + roofline.ROUTING_LAUNCHES

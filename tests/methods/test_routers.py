@@ -12,7 +12,7 @@ import torch
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ridge_fit
 from weaver.artifacts.types import SELECTIONS, ExpertLayout, Selection
-from weaver.kernels.reference import route, router_logits
+from weaver.kernels.reference import ExpertChoice, route, router_logits
 from weaver.methods.routers import ROUTERS, representative_neurons
 
 Maker = Callable[..., Any]
@@ -109,7 +109,7 @@ def test_the_ridge_router_selects_k_experts_on_average(
     layout = ExpertLayout(24, 2, torch.empty(0, dtype=torch.int64), experts_EN, selection=selection)
     router = ROUTERS["ridge"].build(problem.weights, problem.profile, layout, seeded())
     x_TD = problem.profile.ffn_inputs_ND
-    routing = route(x_TD, router, "silu", layout.top_k, selection)
+    routing = route(x_TD, router, "silu", ExpertChoice(layout.top_k, selection))
     assert routing.num_pairs == 2 * x_TD.shape[0]
     counts_T = routing.selected_TE().sum(1)
     assert bool((counts_T == 2).all()) == (selection == "top-k")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weaver.algorithms.contributions import expert_contributions, expert_errors
 from weaver.algorithms.glu import GluWeights, glu_forward, glu_hidden
 from weaver.artifacts.types import ExpertLayout, Router
-from weaver.kernels.reference import Routing, route
+from weaver.kernels.reference import ExpertChoice, Routing, route
 from weaver.models.moe import MoEFeedForward
 
 
@@ -79,7 +79,7 @@ def router_fidelity(
             rest_TD = rest_TD - weights.output_bias_D
         error_TE = expert_errors(rest_TD, *parts)
         contribution_TE = error_TE.max(dim=1, keepdim=True).values - error_TE
-    routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
+    routing = route(x_TD, router, weights.activation, ExpertChoice(layout.top_k, layout.selection))
     oracle_TE = _oracle(contribution_TE, routing, layout)
     chosen_TE = routing.selected_TE()
     load_E = routing.counts_E().double()

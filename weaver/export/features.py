@@ -10,7 +10,7 @@ from torch import Tensor
 from weaver.algorithms.ridge import ridge_fit
 from weaver.artifacts.types import Router
 from weaver.export.base import Obstacle
-from weaver.kernels.reference import route, router_logits
+from weaver.kernels.reference import ExpertChoice, route, router_logits
 from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
 
 # Of the regression that replaces a GLU router, see ``ridge_fit``.
@@ -125,7 +125,9 @@ def approximated(layer: ConvertedLayer, x_TD: Tensor, *, softmax: bool = False) 
     if router is None:
         return replace(layer, weights=bare)
     x_TD, activation = x_TD.float(), layer.weights.activation
-    routing = route(x_TD, router, activation, shape.num_experts_per_tok, shape.selection)
+    routing = route(
+        x_TD, router, activation, ExpertChoice(shape.num_experts_per_tok, shape.selection)
+    )
     sums_E = torch.zeros(shape.n_routed_experts).index_add_(
         0, routing.experts_P, routing.weights_P.float()
     )

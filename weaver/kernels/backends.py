@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_forward
+from weaver.artifacts.types import Router
 from weaver.kernels.cpu import build
 from weaver.kernels.cpu import op as native
 from weaver.kernels.grouped import grouped_forward, slice_neurons
-from weaver.kernels.reference import Routing, masked_forward, route
+from weaver.kernels.reference import ExpertChoice, Routing, masked_forward, route
 
 Backend = Literal["torch", "native", "triton"]
 Path = Literal["masked", "grouped"]
@@ -37,7 +38,7 @@ class Forwards:
 
     masked: Masked
     grouped: Grouped
-    route: Callable[..., Routing]
+    route: Callable[[Tensor, Router, str, ExpertChoice], Routing]
 
     def __getitem__(self, path: Path) -> Grouped:
         return self.masked if path == "masked" else self.grouped

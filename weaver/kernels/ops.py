@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import Router, Selection
+from weaver.artifacts.types import Router
 from weaver.kernels.backends import (
     SMALL,
     Backend,
@@ -20,7 +20,7 @@ from weaver.kernels.backends import (
 )
 from weaver.kernels.costs import Family, Workload, costs_of
 from weaver.kernels.cpu import op as native
-from weaver.kernels.reference import Routing, route_slots
+from weaver.kernels.reference import ExpertChoice, Routing, route_slots
 
 _log = logging.getLogger(__name__)
 
@@ -34,11 +34,9 @@ def layer_forward(
     x_TD: Tensor,
     weights: GluWeights,
     router: Router,
-    top_k: int,
-    selection: Selection,
+    choice: ExpertChoice,
     num_shared: int,
     expert_bias_ED: Tensor | None = None,
-    lowest_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Router and MoE FFN, as a model calls them; see ``route`` and ``masked_forward``.
 
@@ -49,15 +47,14 @@ def layer_forward(
     backend = backend_for(x_TD, weights, *trained, expert_bias_ED)
     tokens, experts = x_TD.shape[0], router.weight_ED.shape[0]
     if backend == "native" and tokens <= DECODED:
-        rest = (top_k, selection, num_shared, expert_bias_ED, lowest_T)
-        return native.decode(x_TD, weights, router, *rest)
+        return native.decode(x_TD, weights, router, choice, num_shared, expert_bias_ED)
     # On a GPU the number of pairs is not known without waiting: a threshold counts with its mean.
-    work = Workload(num_shared, experts, tokens, tokens * top_k)
+    work = Workload(num_shared, experts, tokens, tokens * choice.top_k)
     if backend == "triton" and _chosen(weights, work, backend) == "grouped":
-        slots = route_slots(x_TD, router, weights.activation, top_k, selection, lowest_T)
+        slots = route_slots(x_TD, router, weights.activation, choice)
         y_TD = triton_slots(x_TD, weights, *slots, experts, num_shared, expert_bias_ED)
         return y_TD, (slots[0] < experts).sum(1)
-    routing = route_tokens(x_TD, weights, router, top_k, selection, lowest_T)
+    routing = route_tokens(x_TD, weights, router, choice)
     y_TD = moe_forward(x_TD, weights, routing, num_shared, expert_bias_ED)
     return y_TD, routing.counts_T()
 
@@ -79,16 +76,11 @@ def moe_forward(
 
 
 def route_tokens(
-    x_TD: Tensor,
-    weights: GluWeights,
-    router: Router,
-    top_k: int,
-    selection: Selection = "top-k",
-    lowest_T: Tensor | None = None,
+    x_TD: Tensor, weights: GluWeights, router: Router, choice: ExpertChoice
 ) -> Routing:
     """The experts of every token, by what computes the FFN too; see ``reference.route``."""
     backend = backend_for(x_TD, weights, router.weight_ED, router.scale_E)
-    return forwards(backend).route(x_TD, router, weights.activation, top_k, selection, lowest_T)
+    return forwards(backend).route(x_TD, router, weights.activation, choice)
 
 
 def choose_path(weights: GluWeights, routing: Routing, num_shared: int, backend: Backend) -> Path:

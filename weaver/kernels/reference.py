@@ -18,6 +18,22 @@ from weaver.artifacts.types import Router, Selection
 
 
 @dataclass(frozen=True)
+class ExpertChoice:
+    """The rule that chooses a token's experts by their scores.
+
+    Args:
+        top_k: K; not used by a threshold.
+        selection: K experts for every token, or all whose scores exceed a threshold.
+        lowest_T: what a score must exceed under a threshold, -inf for every expert, (T,); 0 if left
+            out. See ``weaver.models.pacing``.
+    """
+
+    top_k: int
+    selection: Selection = "top-k"
+    lowest_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Routing:
     """Which experts each token uses, and how much: the P selected pairs of token and expert.
 
@@ -125,9 +141,7 @@ def route(
     x_TD: Tensor,
     router: Router,
     activation: str,
-    top_k: int,
-    selection: Selection = "top-k",
-    lowest_T: Tensor | None = None,
+    choice: ExpertChoice,
 ) -> Routing:
     """The experts of every token and the factors of their outputs.
 
@@ -143,10 +157,7 @@ def route(
         x_TD: FFN inputs, (T, D).
         router: the layer's router.
         activation: activation of the GLU, for the glu router.
-        top_k: K; not used by a threshold.
-        selection: how experts are selected.
-        lowest_T: what a score must exceed under a threshold, -inf for every expert, (T,); 0 if left
-            out. See ``weaver.models.pacing``.
+        choice: how experts are selected.
 
     Raises:
         ValueError: a threshold on a glu router: its scores are not negative, and it has no
@@ -154,8 +165,8 @@ def route(
             select nothing.
     """
     experts = router.weight_ED.shape[0]
-    ids_TK, weights_TK = route_slots(x_TD, router, activation, top_k, selection, lowest_T)
-    if selection == "top-k":
+    ids_TK, weights_TK = route_slots(x_TD, router, activation, choice)
+    if choice.selection == "top-k":
         return Routing.of_top_k(ids_TK, weights_TK, experts)
     return Routing.of_slots(ids_TK, weights_TK, experts)
 
@@ -185,9 +196,7 @@ def route_slots(
     x_TD: Tensor,
     router: Router,
     activation: str,
-    top_k: int,
-    selection: Selection = "top-k",
-    lowest_T: Tensor | None = None,
+    choice: ExpertChoice,
 ) -> tuple[Tensor, Tensor]:
     """The same as ``Routing.slots``: expert ids and factors, (T, K), or (T, E) for a threshold.
 
@@ -196,22 +205,22 @@ def route_slots(
     Raises:
         ValueError: as ``route``.
     """
-    if selection == "threshold" and router.kind != "linear":
+    if choice.selection == "threshold" and router.kind != "linear":
         raise ValueError(f"a {router.kind} router selects by top-k, only a linear one by threshold")
-    if selection == "threshold" and router.weighting == "softmax":
+    if choice.selection == "threshold" and router.weighting == "softmax":
         raise ValueError("softmax weights need selection by top-k")
     scores_TE = router_logits(x_TD, router, activation)
     probabilities_TE = scores_TE.softmax(dim=-1)
     weights_TE = 1.0 + probabilities_TE * router.scale_E.float()
     balance_bias_E = router.balance_bias_E.float()
-    if selection == "top-k":
-        ids_TK = (probabilities_TE + balance_bias_E).topk(top_k, dim=-1).indices
+    if choice.selection == "top-k":
+        ids_TK = (probabilities_TE + balance_bias_E).topk(choice.top_k, dim=-1).indices
         if router.weighting == "softmax":
             return ids_TK, router.routed_scaling * _shares(scores_TE, ids_TK)
         return ids_TK, weights_TE.gather(1, ids_TK)
     experts = router.weight_ED.shape[0]
     ids_E = torch.arange(experts, device=x_TD.device)
-    lowest = 0.0 if lowest_T is None else lowest_T[:, None]
+    lowest = 0.0 if choice.lowest_T is None else choice.lowest_T[:, None]
     return torch.where(scores_TE + balance_bias_E > lowest, ids_E, experts), weights_TE
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ShrunkRegression
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
-from weaver.kernels.reference import route
+from weaver.kernels.reference import ExpertChoice, route
 
 # The tokens are added in so many chunks, of which every eighth is held out to choose the shrinkage:
 # many enough that text of each kind is on both sides, long enough for full GEMM speed.
@@ -116,7 +116,7 @@ def _chosen(
 ) -> Tensor:
     if router is None:
         return torch.zeros(x_TD.shape[0], 0)
-    routing = route(x_TD, router, weights.activation, layout.top_k, layout.selection)
+    routing = route(x_TD, router, weights.activation, ExpertChoice(layout.top_k, layout.selection))
     return routing.selected_TE().float()
 
 

@@ -13,7 +13,7 @@ from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.kernels.backends import backend_for
 from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.ops import choose_path, layer_forward, moe_forward, route_tokens
-from weaver.kernels.reference import Routing, route_to_all, router_logits
+from weaver.kernels.reference import ExpertChoice, Routing, route_to_all, router_logits
 from weaver.models.accounting import LayerShape
 from weaver.models.pacing import PacedLayer, Pacer
 
@@ -133,14 +133,7 @@ class MoEFeedForward(nn.Module):
         if self.router is None:
             return None
         with torch.autocast(x_TD.device.type, enabled=False):
-            return route_tokens(
-                x_TD,
-                self.weights(),
-                self.router(),
-                self.top_k,
-                self.shape.selection,
-                self._lowest(x_TD),
-            )
+            return route_tokens(x_TD, self.weights(), self.router(), self._choice(x_TD))
 
     def probabilities(self, x_TD: Tensor) -> Tensor:
         """``p = softmax(s)`` of the router, in float32, (T, E)."""
@@ -185,24 +178,24 @@ class MoEFeedForward(nn.Module):
             x_TD,
             weights,
             self.router(),
-            self.top_k,
-            self.shape.selection,
+            self._choice(x_TD),
             shared,
             expert_bias_ED,
-            self._lowest(x_TD),
         )
         if self.pace is not None:
             pacer, index = self.pace
             pacer.record(index, counts_T)
         return y_TD
 
-    def _lowest(self, x_TD: Tensor) -> Tensor | None:
-        """Return the pacer's threshold on the scores, (T,); None for 0, outside of its calls."""
-        if self.pace is None:
-            return None
-        pacer, index = self.pace
-        lowest_T = pacer.lowest(index, x_TD.shape[0])
-        return None if lowest_T is None else lowest_T.to(x_TD.device)
+    def _choice(self, x_TD: Tensor) -> ExpertChoice:
+        """Return the layer's rule, with the pacer's thresholds during its calls."""
+        lowest_T = None
+        if self.pace is not None:
+            pacer, index = self.pace
+            lowest_T = pacer.lowest(index, x_TD.shape[0])
+        if lowest_T is not None:
+            lowest_T = lowest_T.to(x_TD.device)
+        return ExpertChoice(self.top_k, self.shape.selection, lowest_T)
 
     @property
     def paced(self) -> PacedLayer | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from weaver.kernels.reference import Routing, route
+from weaver.kernels.reference import ExpertChoice, Routing, route
 from weaver.models.accounting import LayerShape
 from weaver.models.families import Family
 from weaver.models.moe import MoEFeedForward, MoERouter
@@ -122,7 +122,10 @@ class TwoLevelFeedForward(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         shape = self.outer
         routing = route(
-            x_TD, self.router(), self.activation, shape.num_experts_per_tok, shape.selection
+            x_TD,
+            self.router(),
+            self.activation,
+            ExpertChoice(shape.num_experts_per_tok, shape.selection),
         )
         y_TD = self.experts.combine(x_TD, routing)
         if self.shared is not None:

@@ -15,7 +15,7 @@ from weaver.algorithms.glu import ACTIVATIONS, GluWeights
 from weaver.artifacts.types import Router
 from weaver.kernels import reference
 from weaver.kernels.cpu import op
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.kernels.reference import ExpertChoice, Routing, masked_forward
 
 # Relative error of the whole output.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -172,8 +172,8 @@ def test_the_same_routing(
     if weighting == "softmax":
         router = replace(router, weighting=weighting, routed_scaling=1.5)
     x_TD = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(3)).to(dtype)
-    found = op.route(x_TD, router, "silu", 3, selection)
-    expected = reference.route(x_TD, router, "silu", 3, selection)
+    found = op.route(x_TD, router, "silu", ExpertChoice(3, selection))
+    expected = reference.route(x_TD, router, "silu", ExpertChoice(3, selection))
     assert torch.equal(found.selected_TE(), expected.selected_TE())
     torch.testing.assert_close(found.factors_TE(), expected.factors_TE(), rtol=1e-4, atol=1e-5)
     assert found.top_k == expected.top_k == (3 if selection == "top-k" else None)
@@ -189,8 +189,8 @@ def test_every_token_may_have_a_threshold_of_its_own(tokens: int) -> None:
     x_TD = torch.randn(tokens, 24, generator=generator)
     lowest_T = torch.randn(tokens, generator=generator)
     lowest_T[0] = -torch.inf
-    found = op.route(x_TD, router, "silu", 3, "threshold", lowest_T)
-    expected = reference.route(x_TD, router, "silu", 3, "threshold", lowest_T)
+    found = op.route(x_TD, router, "silu", ExpertChoice(3, "threshold", lowest_T))
+    expected = reference.route(x_TD, router, "silu", ExpertChoice(3, "threshold", lowest_T))
     assert torch.equal(found.selected_TE(), expected.selected_TE())
     assert found.counts_T()[0] == 7
     scores_TE = reference.router_logits(x_TD, router, "silu") + router.balance_bias_E
@@ -204,18 +204,22 @@ def test_softmax_weights_in_the_kernel() -> None:
     x_TD = 100 * torch.randn(33, 24, generator=torch.Generator().manual_seed(3))
     forced = replace(router, balance_bias_E=torch.tensor([0.0, 0.0, 2.0, 0.0, 0.0]))
     for each in (router, forced):
-        found = op.route(x_TD, each, "silu", 1)
-        assert torch.equal(found.experts_P, reference.route(x_TD, each, "silu", 1).experts_P)
+        found = op.route(x_TD, each, "silu", ExpertChoice(1))
+        assert torch.equal(
+            found.experts_P, reference.route(x_TD, each, "silu", ExpertChoice(1)).experts_P
+        )
         assert bool((found.weights_P == 0.7).all())
     with pytest.raises(ValueError, match="softmax weights need selection by top-k"):
-        op.route(x_TD, router, "silu", 1, "threshold")
+        op.route(x_TD, router, "silu", ExpertChoice(1, "threshold"))
 
 
 def test_a_router_of_another_dtype() -> None:
     router = make_router(5, 24, torch.float32, glu=False, bias=True)
     x_TD = torch.randn(6, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
-    found = op.route(x_TD, router, "silu", 2)
-    assert torch.equal(found.experts_P, reference.route(x_TD, router, "silu", 2).experts_P)
+    found = op.route(x_TD, router, "silu", ExpertChoice(2))
+    assert torch.equal(
+        found.experts_P, reference.route(x_TD, router, "silu", ExpertChoice(2)).experts_P
+    )
 
 
 def test_a_dtype_that_it_does_not_compute(make_ffn: Any, make_routing: Any) -> None:

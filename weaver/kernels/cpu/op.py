@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
-from weaver.artifacts.types import Router, Selection
-from weaver.kernels.reference import Routing
+from weaver.artifacts.types import Router
+from weaver.kernels.reference import ExpertChoice, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,16 +63,13 @@ def route(
     x_TD: Tensor,
     router: Router,
     activation: str,
-    top_k: int,
-    selection: Selection = "top-k",
-    lowest_T: Tensor | None = None,
+    choice: ExpertChoice,
 ) -> Routing:
     """The experts of every token in one call; see ``weaver.kernels.reference.route``."""
-    k = top_k if selection == "top-k" else None
-    weight_ED, *rest = _router(router)
     tokens_P, experts_P, factors_P = torch.ops.weaver_cpu.route(
-        x_TD, weight_ED, *rest, activation, k or 0, _scaling(router, selection), lowest_T
+        x_TD, *_router(router), activation, *_choice(router, choice)
     )
+    k = choice.top_k if choice.selection == "top-k" else None
     experts = router.weight_ED.shape[0]
     return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
 
@@ -81,32 +78,27 @@ def decode(
     x_TD: Tensor,
     weights: GluWeights,
     router: Router,
-    top_k: int,
-    selection: Selection,
+    choice: ExpertChoice,
     num_shared: int,
     expert_bias_ED: Tensor | None = None,
-    lowest_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``route`` and ``moe`` in one call, for a few tokens; also each token's number of experts."""
-    k = top_k if selection == "top-k" else 0
     y_TD, counts_T = torch.ops.weaver_cpu.decode(
         *_common(x_TD, weights, expert_bias_ED),
         num_shared,
         *_router(router),
-        k,
-        _scaling(router, selection),
-        lowest_T,
+        *_choice(router, choice),
     )
     return y_TD, counts_T
 
 
-def _scaling(router: Router, selection: Selection) -> float:
-    """c of the weighting "softmax", which is positive; 0 stands for "unit"."""
-    if router.weighting == "unit":
-        return 0.0
-    if selection == "threshold":
+def _choice(router: Router, choice: ExpertChoice) -> tuple[int, float, Tensor | None]:
+    """K, 0 for a threshold; c of the weighting "softmax", 0 for "unit"; and ``lowest_T``."""
+    threshold, unit = choice.selection == "threshold", router.weighting == "unit"
+    if threshold and not unit:
         raise ValueError("softmax weights need selection by top-k")
-    return router.routed_scaling
+    scaling = 0.0 if unit else router.routed_scaling
+    return 0 if threshold else choice.top_k, scaling, choice.lowest_T
 
 
 def _router(router: Router) -> tuple[Tensor | None, ...]:
