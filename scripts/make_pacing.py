@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m", help="Any local checkpoint.")
     parser.add_argument("--data", nargs="+", default=["builtin:calibration"])
     parser.add_argument("--tokens", type=int, default=16384, help="Of the calibration.")
-    parser.add_argument("--windows", type=int, default=6, help="Of 512 tokens, per text.")
+    parser.add_argument("--windows", type=int, default=12, help="Of 512 tokens, per text.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--finished", action="store_true", help="Rows that are converted only.")
     parser.add_argument("--runs", type=Path, default=Path("runs/pacing"))

@@ -14,6 +14,7 @@ from weaver.artifacts.types import EARLY_TOKENS, EARLY_WEIGHT
 from weaver.methods.selection import (
     experts_by_place,
     fit_scores,
+    mean_experts,
     routed_inputs,
     sampled_hidden,
     select,
@@ -92,6 +93,16 @@ def test_first_tokens_are_not_for_the_router(make_profile: Any) -> None:
     # Windows of first tokens alone leave nothing else to fit to.
     first = make_profile(3, ffn_inputs_ND=x_TD[:2], input_places_N=places_N[:2])
     assert routed_inputs(first, "threshold") is first
+
+
+def test_first_tokens_are_paid_for_by_the_others(make_profile: Any) -> None:
+    places_N = torch.tensor([0, 1, *range(2, 16)], dtype=torch.int32)
+    profile = make_profile(3, ffn_inputs_ND=torch.zeros(16, 2), input_places_N=places_N)
+    mean = mean_experts(profile, 6, 14)
+    assert 14 * mean + 2 * 14 == pytest.approx(16 * 6)
+    assert mean_experts(profile, 2, 14) == 1.0
+    plain = make_profile(3, ffn_inputs_ND=torch.zeros(16, 2))
+    assert mean_experts(plain, 6, 14) == 6
 
 
 def test_early_tokens_and_small_outputs_count_more(make_profile: Any) -> None:

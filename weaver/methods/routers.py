@@ -18,6 +18,7 @@ from weaver.methods.selection import (
     ROUTER_PENALTY,
     experts_by_place,
     fit_scores,
+    mean_experts,
     routed_inputs,
     sampled_hidden,
     selection_threshold,
@@ -128,10 +129,10 @@ def ridge_router(
     """Route by each expert's predicted contribution to the output.
 
     ``s_e ~ ||(h_e - E[h_e]) Wd_e||^(1/2)``, linear in x with an intercept (``fit_scores``). For a
-    layout with ``threshold`` selection the intercept is lowered by the score that K experts per
-    token exceed on average, so that exactly the positive scores are selected; first tokens, which
-    run all experts, are left out. Where the FFN's output is normalised behind it, contributions
-    are relative to it (``LayerProfile.error_weights_N``).
+    layout with ``threshold`` selection the intercept is lowered, so that exactly the positive
+    scores are selected: K per token on average over a calibration window, in which first tokens run
+    all experts and are no part of the regression. Where the FFN's output is normalised behind it,
+    contributions are relative to it (``LayerProfile.error_weights_N``).
 
     Args:
         weights: the dense FFN.
@@ -146,6 +147,7 @@ def ridge_router(
     """
     del generator
     _require_experts(layout)
+    top_k = mean_experts(profile, layout.top_k, layout.num_routed_experts)
     profile = routed_inputs(profile, layout.selection)
     contributions = []
     for inputs_TD in profile.ffn_inputs_ND.split(_CHUNK_TOKENS):
@@ -157,11 +159,11 @@ def ridge_router(
     if layout.selection == "top-k":
         return _untrained(layout, "linear", weight_ED, bias_E=bias_E)
     scores_TE = x_TD @ weight_ED.T + bias_E
-    threshold = selection_threshold(scores_TE, layout.top_k)
+    threshold = selection_threshold(scores_TE, top_k)
     early, late = experts_by_place(profile, scores_TE > threshold)
     return replace(
         _untrained(layout, "linear", weight_ED, bias_E=bias_E - threshold),
-        threshold_slope=threshold_slope(scores_TE, layout.top_k),
+        threshold_slope=threshold_slope(scores_TE, top_k),
         early_experts=early,
         late_experts=late,
     )

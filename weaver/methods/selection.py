@@ -51,7 +51,17 @@ def routed_inputs(profile: LayerProfile, selection: Selection) -> LayerProfile:
     return profile.keeping((~first_N).nonzero().flatten())
 
 
-def threshold_slope(scores_TE: Tensor, top_k: int) -> float:
+def mean_experts(profile: LayerProfile, top_k: int, num_experts: int) -> float:
+    """Experts that are left to a token of ``routed_inputs`` for K per token on average of all.
+
+    ``(K - f E) / (1 - f)`` with f the share of first tokens, which run all E; at least K / 2.
+    """
+    others = routed_inputs(profile, "threshold").ffn_inputs_ND.shape[0]
+    first = profile.ffn_inputs_ND.shape[0] - others
+    return max(top_k - (num_experts - top_k) * first / max(others, 1), top_k / 2)
+
+
+def threshold_slope(scores_TE: Tensor, top_k: float) -> float:
     """How far a threshold falls when twice as many experts shall run, in score units.
 
     ``K (q(low) - q(high)) / (high - low)`` with ``q(k)`` the score that k experts per token exceed
@@ -86,9 +96,9 @@ def experts_by_place(profile: LayerProfile, chosen_TE: Tensor) -> tuple[float, f
     return float(counts_T[early_T].mean()), float(counts_T[~early_T].mean())
 
 
-def selection_threshold(scores_TE: Tensor, top_k: int) -> float:
+def selection_threshold(scores_TE: Tensor, top_k: float) -> float:
     """The score that on average K experts per token exceed."""
-    skipped = scores_TE.numel() - scores_TE.shape[0] * top_k
+    skipped = scores_TE.numel() - round(scores_TE.shape[0] * top_k)
     if skipped <= 0:
         return float(scores_TE.min()) - 1.0
     return float(scores_TE.flatten().kthvalue(skipped).values)
