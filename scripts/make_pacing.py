@@ -280,10 +280,9 @@ everything attends. What weaver does about both (`weaver/models/pacing.py`):
   used on calibration text, which is more than the others. Easy and hard tokens, and layers among
   each other, keep their differences. A layer waits for no other one, so that a prompt at once and
   token by token select the same experts.
-- **The first two tokens run all experts**: at 50% that is one token more per layer, once per text.
-- **Fits know where a token stands.** The first 16 tokens of a window count four times in the refit;
-  where the layer normalises its FFN's output (Gemma 2 and 3, OLMo 2), errors count relative to that
-  output in every fit.
+- **The first two tokens run all experts**, which counts in K over a calibration window.
+- **Fits know where a token stands.** The first 16 tokens of a window count twice; where the
+  layer normalises its FFN's output (Gemma 2 and 3, OLMo 2), errors count relative to that output.
 
 Columns "1" to "129 on" are the KL at these positions, nats per token: up to the 16th from {short}
 windows of 17 tokens, behind it from {windows} of 512, as are the KL and the FFN FLOPs (measured,
