@@ -16,6 +16,7 @@ from weaver.cli import (
     bench,
     build_router,
     calibrate,
+    convert,
     evaluate,
     export,
     finetune,
@@ -104,6 +105,7 @@ def root(
 
 
 for _module in (
+    convert,
     calibrate,
     partition,
     build_router,

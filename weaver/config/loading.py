@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,14 +39,33 @@ class RunConfig(Section):
     bench: BenchConfig = BenchConfig()
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
+def load_run_config(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int | None = None,
+) -> RunConfig:
+    """A whole configuration: defaults, then the file, then overrides, then values.
+
+    Args:
+        path: a YAML file, or None.
+        overrides: ``section.key=value`` texts (values are YAML).
+        values: by section; None means not given.
+        seed: None means not given.
 
     Raises:
         WeaverError: the file is missing or not YAML, an override has no ``=``, or a value is not
             what the section allows.
     """
-    return parse_config(RunConfig, _read_yaml(path, overrides), source=str(path))
+    raw = _read_yaml(path, overrides)
+    for name, section in (values or {}).items():
+        given = {key: value for key, value in section.items() if value is not None}
+        before = raw.get(name) or {}
+        if given and isinstance(before, dict):
+            raw[name] = {**before, **given}
+    if seed is not None:
+        raw["seed"] = seed
+    return parse_config(RunConfig, raw, source=str(path or "convert"))
 
 
 def load_section(

@@ -31,7 +31,7 @@ from weaver.kernels.backends import Backend, Path, forwards
 from weaver.kernels.cpu.build import compiled_kernel
 from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.machine import cpu_name
-from weaver.kernels.reference import Routing
+from weaver.kernels.reference import ExpertChoice, Routing
 from weaver.kernels.timing import interleave
 
 # Tokens at which a family is timed; times in between are interpolated, beyond extrapolated.
@@ -177,6 +177,7 @@ def measure(family: Family) -> Costs:
     experts = family.neurons // family.width
     shared = family.neurons - experts * family.width
     routed = slice_neurons(weights, shared, family.neurons)
+    half_of_them = ExpertChoice(max(1, experts // 2))
     router = Router(
         kind="linear",
         weight_ED=matrix_FD[:experts].clone(),
@@ -199,7 +200,7 @@ def measure(family: Family) -> Costs:
                 "dense": dense,
                 "masked": partial(_call, chosen.masked, x_TD, weights, every, shared),
                 "expert": partial(_call, chosen.grouped, twice_TD, routed, half, 0),
-                "routing": partial(_call, chosen.route, x_TD, router, "silu", max(1, experts // 2)),
+                "routing": partial(_call, chosen.route, x_TD, router, "silu", half_of_them),
             },
             repeats=REPEATS,
             warmup=1,
