@@ -19,7 +19,7 @@ def convert(
     sparsity: Annotated[
         float | None, typer.Option(help="Share of FFN neurons that a token skips. [default: 0.25]")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="As of partition. [default: weave]")] = None,
+    method: Annotated[str | None, typer.Option(help="Conversion method. [default: weave]")] = None,
     data: Data = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
     calibration: Calibration = None,
