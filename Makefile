@@ -1,6 +1,14 @@
-# make demo   sets everything up, converts a real model and prints a table
-# make test   sets everything up and runs the tests
-# Targets are what stages leave on disk: make runs/smollm2-cmoe/model/manifest.json
+# make demo        sets everything up, converts a real model and prints a table
+# make test        sets everything up and runs the tests
+# make quality     ruff, mypy, import-linter
+# make results     docs/results.md, docs/tasks.md, docs/prediction.md  (DATA_DIR=folder of texts)
+# make pacing      docs/pacing.md                                      (DATA_DIR=folder of texts)
+# make recovery    docs/recovery.md, docs/dive_results.md, docs/downcycling.md
+# make benchmarks  docs/benchmarks.md
+# make exports     docs/export_checks.md
+# make bench-gpu   correctness and times of the kernels on a GPU
+# make clean       removes runs and caches
+# Other targets are what stages leave on disk: make runs/smollm2-cmoe/model/manifest.json
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +17,13 @@ WEAVER := $(VENV)/bin/weaver
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: demo test quality results pacing recovery benchmarks exports bench-gpu clean
+.PHONY: help demo test quality results pacing recovery benchmarks exports bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(INSTALLED) $(MODEL)/config.json
 	$(WEAVER) run configs/demo.yaml --run-dir runs/demo

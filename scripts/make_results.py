@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from weaver.artifacts.manifest import MANIFEST
 from weaver.cli.session import make_context, quiet_libraries
 from weaver.config.loading import RunConfig
 from weaver.config.sections import ModelConfig
-from weaver.stages.lock import locked
 from weaver.stages.pipeline import run_pipeline, stage_calls
 
 STAGES = ("partition", "build-router", "assemble", "eval")
@@ -55,16 +53,13 @@ def run_row(setting: Setting, row: Row, model: ModelConfig, data_dir: Path) -> d
     shared = setting.calibration_dir(row)
     context = make_context(shared, seed=row.seed, force=False, dry_run=False, data_dir=data_dir)
     # Reading a finished calibration needs no lock: rows may run side by side.
-    finished = (shared / "calibrate" / MANIFEST).exists()
-    with nullcontext() if finished else locked(shared):
-        stage_calls(config)["calibrate"](context)
+    if not (shared / "calibrate" / MANIFEST).exists():
+        run_pipeline(context, {"calibrate": stage_calls(config)["calibrate"]}, lambda *_: None)
     run_dir = setting.run_dir(row)
     calls = stage_calls(config, shared / "calibrate")
     context = make_context(run_dir, seed=row.seed, force=False, dry_run=False, data_dir=data_dir)
     manifests: dict[str, Any] = {}
-    with locked(run_dir):
-        chosen = {stage: calls[stage] for stage in STAGES}
-        run_pipeline(context, chosen, lambda stage, manifest: manifests.update({stage: manifest}))
+    run_pipeline(context, {stage: calls[stage] for stage in STAGES}, manifests.__setitem__)
     result: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
     result["row"] = row
     result["fidelity"] = manifests["build-router"].summary["layers"]

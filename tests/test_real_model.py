@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import weaver  # noqa: F401 - registers the converted model types
+import weaver
 from weaver.config.sections import (
     AssembleConfig,
     CalibrateConfig,
@@ -86,8 +84,7 @@ def test_the_converted_model_speaks(tmp_path: Path, calibration: Path) -> None:
     build_routers(context, RouterConfig())
     assemble(context, AssembleConfig())
     folder = context.folder("assemble")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = weaver.load(folder, "bfloat16")
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0])

@@ -1,23 +1,43 @@
 """weaver: dense GLU language models into Mixture-of-Experts models, without training.
 
-Importing the package registers the converted model types with transformers, so that
-``AutoModelForCausalLM.from_pretrained`` loads them. The ``weaver`` command leaves that to the
-stages that need it: registration imports torch, and ``--help`` should not wait for it.
+Use::
+
+    import weaver
+
+    run = weaver.convert("models/smollm2-135m", "runs/x", sparsity=0.25)
+    model, tokenizer = weaver.load(run)
+
+``weaver.register()`` makes transformers' ``AutoModelForCausalLM.from_pretrained`` load converted
+models by itself. Names are imported when they are first used (PEP 562), so that ``import weaver``
+does not wait for torch.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-
-def _started_as_command() -> bool:
-    # While ``python -m weaver`` imports the package, sys.argv[0] is still "-m".
-    as_module = "-m" in sys.orig_argv and "weaver" in sys.orig_argv and sys.argv[:1] == ["-m"]
-    return as_module or (bool(sys.argv) and Path(sys.argv[0]).stem == "weaver")
-
-
-if not _started_as_command():
+if TYPE_CHECKING:
+    from weaver.api import Run, convert, load
+    from weaver.errors import WeaverError
     from weaver.models.hf import register
 
-    register()
+__all__ = ["Run", "WeaverError", "convert", "load", "register"]
+
+_MODULES = {
+    "Run": "weaver.api",
+    "convert": "weaver.api",
+    "load": "weaver.api",
+    "register": "weaver.models.hf",
+    "WeaverError": "weaver.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'weaver' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,7 +29,7 @@ from weaver.artifacts.manifest import SCHEMA_VERSION
 from weaver.errors import WeaverError
 
 COMMANDS = [
-    *("calibrate", "partition", "build-router", "assemble"),
+    *("convert", "calibrate", "partition", "build-router", "assemble"),
     *("finetune", "generate", "eval", "bench", "run", "inspect"),
 ]
 CALIBRATE = ("--tokens", "512", "--sequence-length", "64")
@@ -179,7 +179,9 @@ def test_bad_data(
         (("--method", "nonesuch"), r"unknown method 'nonesuch'"),
         (("--allocation", "fair"), r"allocation: Input should be 'uniform', 'adaptive'"),
         (("--set", "partition.options={nonesuch: 1}"), r"options of method cmoe: nonesuch"),
-        (("--set", "partition.nonesuch=1"), r"nonesuch: Extra inputs are not permitted"),
+        (("--set", "partition.nonesuch=1"), r"nonesuch: Extra inputs are not permitted$"),
+        (("--set", "partition.sparsty=1"), r"not permitted, did you mean sparsity\?$"),
+        (("--method", "flap"), r"flap with 8 experts"),
         (("--set", "partitoin.sparsity=0.5"), r"no section is called partitoin"),
         (("--set", "partition=5"), r"section partition is a int"),
         (("--set", "sparsity"), r"override 'sparsity' has no '='"),
@@ -201,6 +203,36 @@ def test_a_bad_partition(flags: tuple[str, ...], expected: str, calibrated: Path
     assert {k: v for k, v in file_times(calibrated).items() if k != ".lock"} == {
         k: v for k, v in before.items() if k != ".lock"
     }
+
+
+def test_no_model_is_named(tmp_path: Path) -> None:
+    what, _, fix = _error(_invoke("calibrate", "-r", tmp_path / "run"))
+    assert what == "no model is named"
+    assert "weaver calibrate MODEL" in fix
+    what, _, fix = _error(_invoke("calibrate", __file__, "-r", tmp_path / "run"))
+    assert what == f"{__file__}: a file, and not a model"
+    assert "make" not in fix
+
+
+def test_another_method_is_one_difference(calibrated: Path) -> None:
+    assert _invoke("partition", "-r", calibrated, "--method", "random").exit_code == 0
+    what, _, _ = _error(_invoke("partition", "-r", calibrated, "--method", "flap"))
+    assert what.endswith("another configuration: method: 'random' on disk, 'flap' asked for")
+
+
+def test_fewer_windows_than_asked_for_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    run_stages(run_config(tiny_llama), tmp_path, until="assemble")
+    text = tmp_path / "text.txt"
+    text.write_text("The ferry leaves at noon. " * 20)
+    few = ("--sequence-length", "64", "--data", text)
+    result = _invoke("eval", "-r", tmp_path, *few, "--windows", "100")
+    assert "the text holds 8 windows of the 100 that were asked for" in result.output
+    again = _invoke("eval", "-r", tmp_path, *few, "--windows", "8", "--force")
+    assert "asked for" not in again.output
+
+
+def test_short_help() -> None:
+    assert _invoke("partition", "-h").output == _invoke("partition", "--help").output
 
 
 def test_bad_flags_of_later_stages(tiny_llama: Path, tmp_path: Path) -> None:

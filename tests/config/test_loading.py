@@ -112,7 +112,19 @@ def test_every_problem_is_named_at_once(path: Path) -> None:
         load_run_config(path, ["partition.sparsity=2", "calibrate.tokens=-1"])
     assert "partition.sparsity" in caught.value.what
     assert "calibrate.tokens" in caught.value.what
-    assert "known keys are model, seed, calibrate" in caught.value.why
+    assert caught.value.why == "every value is checked before any work is done"
+
+
+def test_known_keys_are_those_of_the_section(path: Path) -> None:
+    with pytest.raises(WeaverError, match=r"tokns: .* did you mean tokens") as caught:
+        load_run_config(path, ["calibrate.tokns=5"])
+    assert caught.value.why.startswith("known keys are data, tokens, ")
+    with pytest.raises(WeaverError, match="did you mean steps") as caught:
+        load_run_config(path, ["finetune.phases=[{stps: 1}]"])
+    assert "learning_rate" in caught.value.why
+    with pytest.raises(WeaverError, match=r"pratition: .* did you mean partition") as caught:
+        load_run_config(path, ["pratition.sparsity=0.5"])
+    assert caught.value.why.startswith("known keys are model, seed, calibrate, ")
 
 
 def test_no_model(tmp_path: Path) -> None:

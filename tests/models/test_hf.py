@@ -295,11 +295,11 @@ def test_a_configuration_with_another_number_of_layers() -> None:
         AutoModelForCausalLM.from_config(config)
 
 
-def test_importing_weaver_is_enough(open_tiny: OpenTiny, tmp_path: Path) -> None:
-    """A fresh process that knows nothing but ``import weaver`` loads and runs a model."""
+def test_registering_is_enough(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    """A fresh process that knows nothing but ``weaver.register`` loads and runs a model."""
     converted(open_tiny, "phi3", tmp_path / "moe", shared=8, experts=5, top_k=5)
     script = (
-        "import torch, weaver\n"
+        "import torch, weaver; weaver.register()\n"
         "from transformers import AutoConfig, AutoModelForCausalLM\n"
         "AutoConfig.for_model('weaver_gemma2')\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'moe')!r})\n"

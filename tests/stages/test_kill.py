@@ -161,7 +161,7 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_the_finished_layers(
     rerun = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
     rerun.join(DEADLINE_SECONDS)
 
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert [line.split(":")[0].strip() for line in err.strip().splitlines()[-3:]] == [
         "error",
         "why",

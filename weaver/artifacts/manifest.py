@@ -75,13 +75,16 @@ class StageRequest(BaseModel):
         return text_digest(canonical_json(payload))
 
     def differences(self, other: StageRequest) -> list[str]:
-        """List the seed and configuration keys that differ from another request, one line each."""
+        """List the seed and configuration keys that differ from another request, one line each.
+
+        With the method its options and defaults differ: then it stands alone.
+        """
         mine = _flatten({"seed": self.seed, **self.config})
         theirs = _flatten({"seed": other.seed, **other.config})
+        keys = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
         return [
             f"{key}: {theirs.get(key)!r} on disk, {mine.get(key)!r} asked for"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
+            for key in (["method"] if "method" in keys else sorted(keys))
         ]
 
     def changed_inputs(self, other: StageRequest) -> list[str]:

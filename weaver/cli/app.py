@@ -16,6 +16,7 @@ from weaver.cli import (
     bench,
     build_router,
     calibrate,
+    convert,
     evaluate,
     export,
     finetune,
@@ -27,6 +28,9 @@ from weaver.cli import (
 )
 from weaver.cli.session import is_follower
 from weaver.errors import WeaverError
+
+# What a shell gives a command that Ctrl-C ended: 128 and the number of SIGINT.
+INTERRUPTED = 130
 
 
 class WeaverGroup(TyperGroup):
@@ -53,7 +57,7 @@ class WeaverGroup(TyperGroup):
             console.print("[red]error:[/red] interrupted", highlight=False)
             console.print("  why: Ctrl-C; finished layers and stages are kept", highlight=False)
             console.print("  fix: rerun the same command to go on", highlight=False)
-            raise typer.Exit(1) from error
+            raise typer.Exit(INTERRUPTED) from error
 
 
 class _Interruption:
@@ -79,6 +83,7 @@ def _escape(text: str) -> str:
 app = typer.Typer(
     cls=WeaverGroup,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Turn dense GLU language models into Mixture-of-Experts models, without training.",
@@ -104,6 +109,7 @@ def root(
 
 
 for _module in (
+    convert,
     calibrate,
     partition,
     build_router,

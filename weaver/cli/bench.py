@@ -70,7 +70,7 @@ def bench(
     routing: Annotated[
         Routing | None,
         typer.Option(
-            help="Of single FFNs: recorded on text, or random inputs. [default: real with "
+            help="Inputs of single FFNs: recorded on text, or random. [default: real with "
             "--run-dir, else uniform]"
         ),
     ] = None,
@@ -80,9 +80,11 @@ def bench(
     hidden_size: Annotated[
         int | None, typer.Option(help="Time an FFN of random weights: its hidden size.")
     ] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Its neurons.")] = None,
-    num_experts: Annotated[int, typer.Option(help="Its slices, shared ones counted in.")] = 8,
-    sparsity: Annotated[float, typer.Option(help="Its FFN sparsity.")] = 0.25,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Intermediate size of that FFN.")
+    ] = None,
+    num_experts: Annotated[int, typer.Option(help="Slices of that FFN, shared ones included.")] = 8,
+    sparsity: Annotated[float, typer.Option(help="FFN sparsity of that FFN.")] = 0.25,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows of single FFNs here.")
     ] = None,

@@ -32,11 +32,12 @@ def export(
         ),
     ] = False,
     quantisation: Annotated[
-        str | None, typer.Option(help="Of gguf: f32, f16, bf16 or q8_0. [default: f16]")
+        str | None,
+        typer.Option(help="GGUF type of the weights: f32, f16, bf16 or q8_0. [default: f16]"),
     ] = None,
     remote_code: Annotated[
         bool,
-        typer.Option("--remote-code", help="Of weaver: add code that runs without weaver."),
+        typer.Option("--remote-code", help="Add code to a weaver export that runs without weaver."),
     ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="auto (as the model), float32, bfloat16, float16.")

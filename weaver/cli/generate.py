@@ -24,21 +24,23 @@ def generate(
     model: Annotated[
         str, typer.Argument(help="Model folder, run directory, .gguf file or hub name.")
     ],
-    prompt: Annotated[str, typer.Argument(help="Text to write on from; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the most probable token, 1 draws one.")
     ] = 0.0,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Draw from this share of it. [default: 1]"),
+        typer.Option(min=0.0, max=1.0, help="Nucleus probability (top-p). [default: 1]"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what is drawn. [default: 0]")] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="Of the weights; auto as stored.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed. [default: 0]")] = None,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Dtype of the weights; auto as stored.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of torch threads.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
 ) -> None:
-    """Write on from a prompt with a dense or a converted model.
+    """Continue a prompt with a dense or a converted model.
 
     The text goes to standard output as it is made, without the prompt; speed and warnings go to
     standard error.

@@ -33,7 +33,6 @@ def run(
 ) -> None:
     """Run every stage of one configuration; what is finished is skipped."""
     settings = load_run_config(config, overrides or [])
-    from weaver.stages.lock import locked
     from weaver.stages.pipeline import run_pipeline, stage_calls
 
     context = make_context(
@@ -49,8 +48,7 @@ def run(
     def on_stage(stage: str, manifest: StageManifest) -> None:
         show_manifest(console, stage, manifest, context.folder(stage))
 
-    with locked(run_dir):
-        run_pipeline(context, calls, on_stage)
+    run_pipeline(context, calls, on_stage)
     show_results(console, run_dir, finetuned=settings.finetune is not None)
 
 

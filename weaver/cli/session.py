@@ -45,7 +45,7 @@ def run_stage(
     call: Callable[[StageContext], StageManifest],
     folder: Path | None = None,
 ) -> None:
-    """Run one stage under the run directory's lock and show what it made.
+    """Run one stage and show what it made.
 
     Args:
         context: the run directory.
@@ -53,7 +53,7 @@ def run_stage(
         call: runs it.
         folder: the stage's folder, where it is not the one in the run directory.
     """
-    from weaver.stages.lock import locked
+    from weaver.stages.pipeline import run_pipeline
     from weaver.stages.runner import WouldRun
 
     if context.dry_run:
@@ -67,9 +67,11 @@ def run_stage(
     if is_follower():
         call(context)
         return
-    with locked(context.run_dir):
-        manifest = call(context)
-    show_manifest(console, stage, manifest, folder or context.folder(stage))
+
+    def show(name: str, manifest: StageManifest) -> None:
+        show_manifest(console, name, manifest, folder or context.folder(name))
+
+    run_pipeline(context, {stage: call}, show)
 
 
 def is_follower() -> bool:

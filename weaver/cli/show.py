@@ -12,6 +12,7 @@ from rich.console import Console
 from weaver.cli.levels import by_level
 from weaver.cli.show_speeds import show_bench
 from weaver.report.affinity_table import affinity_experts, affinity_table
+from weaver.report.comparison import HEADERS, comparison_rows
 from weaver.report.tables import (
     console_table,
     format_bytes,
@@ -291,24 +292,6 @@ def show_results(console: Console, run_dir: Path, *, finetuned: bool) -> None:
     """Dense against converted, from the results of eval and bench; and where the model lies."""
     quality = json.loads((run_dir / "eval" / "results.json").read_text())
     speed = json.loads((run_dir / "bench" / "results.json").read_text())
-    dense, moe = quality["dense"], quality["moe"]
-    flops = (dense["ffn_flops_per_token"], quality["measured_ffn_flops_per_token"])
-    rows: list[tuple[str, str, str]] = [
-        ("perplexity", format_number(dense["perplexity"]), format_number(moe["perplexity"])),
-        ("KL to dense, nats/token", "0", format_number(quality["kl"])),
-        ("top-1 agreement", "100%", format_percent(quality["top1_agreement"])),
-        (
-            "active parameters",
-            format_count(quality.get("dense_active_parameters") or quality["dense_parameters"]),
-            format_count(quality["active_parameters"]),
-        ),
-        ("FFN FLOPs per token, measured", format_count(flops[0]), format_count(flops[1])),
-    ]
-    for row in speed:
-        rates = (row["dense_tokens_per_second"], row["moe_tokens_per_second"])
-        name = f"{row['phase']} tokens/s ({row['tokens']} tokens)"
-        slower = " (slower than dense)" if rates[1] < rates[0] else ""
-        rows.append((name, format_number(rates[0]), format_number(rates[1]) + slower))
     title = f"dense against converted, FFN sparsity {format_percent(quality['ffn_sparsity'])}"
-    console.print(console_table(title, ("", "dense", "converted"), rows))
+    console.print(console_table(title, HEADERS, comparison_rows(quality, speed)))
     console.print(f"model: {run_dir / ('finetune/model' if finetuned else 'model')}")

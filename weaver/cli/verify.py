@@ -30,7 +30,7 @@ def verify(
         float | None, typer.Option(help="Fail above this KL, nats per token.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the computation: float32, bfloat16, float16, auto.")
+        str | None, typer.Option(help="Dtype of the computation: float32, bfloat16, float16, auto.")
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result to this file.")

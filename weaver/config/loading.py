@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -39,14 +40,33 @@ class RunConfig(Section):
     bench: BenchConfig = BenchConfig()
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
+def load_run_config(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int | None = None,
+) -> RunConfig:
+    """A whole configuration: defaults, then the file, then overrides, then values.
+
+    Args:
+        path: a YAML file, or None.
+        overrides: ``section.key=value`` texts (values are YAML).
+        values: by section; None means not given.
+        seed: None means not given.
 
     Raises:
         WeaverError: the file is missing or not YAML, an override has no ``=``, or a value is not
             what the section allows.
     """
-    return parse_config(RunConfig, _read_yaml(path, overrides), source=str(path))
+    raw = _read_yaml(path, overrides)
+    for name, section in (values or {}).items():
+        given = {key: value for key, value in section.items() if value is not None}
+        before = raw.get(name) or {}
+        if given and isinstance(before, dict):
+            raw[name] = {**before, **given}
+    if seed is not None:
+        raw["seed"] = seed
+    return parse_config(RunConfig, raw, source=str(path or "convert"))
 
 
 def load_section(
@@ -104,7 +124,7 @@ def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
             raise WeaverError(
                 f"{path}: no such config file",
                 why="a run is described by one YAML file",
-                fix="weaver run configs/demo.yaml --run-dir runs/demo",
+                fix="name an existing file; weaver convert MODEL RUN_DIR needs none",
             )
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -116,7 +136,7 @@ def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
         raise WeaverError(
             f"{path}: holds a {type(raw).__name__}, not sections",
             why="the top level is a mapping with the keys model, calibrate, partition, ...",
-            fix="start from configs/demo.yaml",
+            fix="write sections, such as model: and below it path: NAME",
         )
     _expand_model(raw)
     for override in overrides:
@@ -150,15 +170,40 @@ def parse_config(section: type[S], values: dict[str, Any], *, source: str) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or section.__name__}: {item['msg']}"
-            for item in error.errors()
-        )
+        problems = [_problem(section, item) for item in error.errors()]
+        unknown = [keys for _, keys in problems if keys]
         raise WeaverError(
-            f"{source}: {problems}",
-            why=f"known keys are {', '.join(section.model_fields)}",
-            fix="change or remove the named keys",
+            f"{source}: {'; '.join(text for text, _ in problems)}",
+            why=f"known keys are {', '.join(unknown[0])}"
+            if unknown
+            else "every value is checked before any work is done",
+            fix="change or remove the named keys" if unknown else "give the named keys such values",
         ) from error
+
+
+def _problem(section: type[Section], item: Any) -> tuple[str, list[str]]:
+    """One of pydantic's errors as text, and the known keys beside a key that is not known."""
+    *outer, last = item["loc"] or (section.__name__,)
+    text = f"{'.'.join(str(part) for part in (*outer, last))}: {item['msg']}"
+    if item["type"] != "extra_forbidden":
+        return text, []
+    known = _keys_below(section, outer)
+    close = get_close_matches(str(last), known, n=1)
+    return text + (f", did you mean {close[0]}?" if close else ""), known
+
+
+def _keys_below(section: type[Section], path: Sequence[str | int]) -> list[str]:
+    """Keys of the section that a path leads to; none where it is no section."""
+    for name in path:
+        if isinstance(name, int):
+            continue
+        field = section.model_fields.get(name)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [each for each in kinds if isinstance(each, type) and issubclass(each, Section)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

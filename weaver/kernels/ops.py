@@ -25,8 +25,7 @@ from weaver.kernels.reference import ExpertChoice, Routing, route_slots
 _log = logging.getLogger(__name__)
 
 
-# Up to so many tokens the CPU kernel reads rows and multiplies nothing that is not chosen: no path
-# has to be looked for.
+# At or below this many tokens the CPU kernel reads the chosen rows only: skip path selection.
 DECODED = 4
 
 
@@ -129,14 +128,14 @@ def _path(
     return path
 
 
-# The families of which it was said that they are computed in full.
-_said: set[Family] = set()
+# Families already warned about.
+_warned: set[Family] = set()
 
 
 def _say_masked(family: Family, tokens: int) -> None:
-    if family in _said:
+    if family in _warned:
         return
-    _said.add(family)
+    _warned.add(family)
     _log.warning(
         "Experts of %d x %d in %s: at %d tokens computing all of them is predicted to be faster "
         "than grouping tokens by expert, and is what is done.",

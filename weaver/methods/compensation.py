@@ -63,6 +63,8 @@ def solve_compensation(
         plan: what to do.
     Source: weaver's own. The constants generalise FLAP's bias (arXiv:2312.11983) to experts that
         are skipped only for some tokens.
+        Related: GRAIL (arXiv:2602.23795) for closed-form refits, MoNE (arXiv:2507.00390) for
+        constants in the place of skipped parts.
     """
     if not plan.refit and not plan.constants:
         return None

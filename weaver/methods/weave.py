@@ -1,4 +1,4 @@
-"""weave: experts of neurons that matter together and that a linear router can tell."""
+"""weave: clusters of neurons that matter together and that a linear router can separate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Converted models as Hugging Face models: a config, a backbone and a causal LM per family.
 
-``import weaver`` runs ``register()``; afterwards ``AutoModelForCausalLM.from_pretrained`` loads a
-converted model, and ``AutoModel`` its backbone. Each class is the family's own with the FFNs
+After ``register()`` ``AutoModelForCausalLM.from_pretrained`` loads a converted model, and
+``AutoModel`` its backbone. Each class is the family's own with the FFNs
 replaced, so attention, caches, ``generate``, padding, device maps and saving are transformers' own.
 """
 

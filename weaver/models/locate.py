@@ -31,10 +31,11 @@ def locate(model: ModelConfig) -> Path:
     # A hub name may hold dots (Qwen/Qwen2.5-7B), so a suffix alone does not make it a path.
     looks_local = path.suffix == ".gguf" or path.is_absolute() or model.path.count("/") != 1
     if looks_local or path.parent.is_dir():
+        found = "a file, and not a model" if path.is_file() else "no such model"
         raise WeaverError(
-            f"{model.path}: no such model",
-            why="weaver looked for a folder, a .gguf file, and a hub name (owner/name)",
-            fix="make models/smollm2-135m fetches the demo model",
+            f"{model.path}: {found}",
+            why="a model is a folder, a .gguf file, or a hub name (owner/name)",
+            fix="name one of them, such as HuggingFaceTB/SmolLM2-135M",
         )
     return _download(model)
 

@@ -121,16 +121,15 @@ def model_card(facts: ModelCardFacts) -> str:
 
 
 _LOADING = """\
-The architecture is weaver's own (`pip install weaver-moe`); importing the package registers it.
+The architecture is weaver's own (`pip install weaver-moe`):
 
 ```python
 import weaver
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "."  # the folder of this file
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(path)
+model, tokenizer = weaver.load(".")  # the folder of this file
 ```
+
+After `weaver.register()` transformers' `AutoModelForCausalLM.from_pretrained` loads it too.
 """
 
 

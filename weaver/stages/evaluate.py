@@ -81,6 +81,9 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
             **inputs.refs,
         },
     )
+    found = len(inputs.windows_WT)
+    if config.windows is not None and found < config.windows:
+        context.say(f"the text holds {found} windows of the {config.windows} that were asked for")
     dtype = str(converted.dtype(config.dtype)).removeprefix("torch.")
     run = StageRun(context, request, converted.manifest.model, dtype)
     if run.status == "skip":

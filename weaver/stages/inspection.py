@@ -52,7 +52,7 @@ def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:
         raise WeaverError(
             f"{run_dir}: no run directory",
             why=f"a run directory holds one of the folders {', '.join(STAGE_FOLDERS.values())}",
-            fix=f"weaver run configs/demo.yaml --run-dir {run_dir}",
+            fix=f"weaver convert MODEL {run_dir}",
         )
     return states
 

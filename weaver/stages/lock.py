@@ -23,7 +23,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         with atomic_path(run_dir / ".writable") as probe:
             probe.touch()
         (run_dir / ".writable").unlink(missing_ok=True)
-        handle = (run_dir / ".lock").open("w")
+        handle = (run_dir / ".lock").open("a")
     except OSError as error:
         raise write_error(run_dir, error) from error
     with handle:

@@ -110,6 +110,12 @@ def resolve(
             why="its experts are prunings of the whole FFN, of the same width in every layer",
             fix="--allocation uniform",
         )
+    if spec.is_static and config.num_experts is not None:
+        raise WeaverError(
+            f"{spec.name} with {config.num_experts} experts",
+            why="it is a static method: every token runs the same neurons, there are no experts",
+            fix="leave --num-experts out, or choose a routed method such as weave",
+        )
     propagate = resolve_router(config.propagate or RouterConfig(), spec)
     if propagate.kind is not None:
         require_selection(propagate.kind, options.selects)

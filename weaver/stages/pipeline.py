@@ -15,6 +15,7 @@ from weaver.stages.build_router import build_routers
 from weaver.stages.calibrate import calibrate
 from weaver.stages.evaluate import evaluate
 from weaver.stages.finetune import finetune
+from weaver.stages.lock import locked
 from weaver.stages.partition import partition, propagating
 from weaver.stages.runner import StageContext, WouldRun
 
@@ -59,18 +60,32 @@ def stage_calls(config: RunConfig, calibration: Path | None = None) -> dict[str,
     return calls
 
 
+def conversion_calls(config: RunConfig, calibration: Path | None = None) -> dict[str, StageCall]:
+    """The stages of a configuration that make the converted model; see ``stage_calls``."""
+    calls = stage_calls(config, calibration)
+    made = ("calibrate", "partition", "build-router", "assemble")
+    return {stage: call for stage, call in calls.items() if stage in made}
+
+
 def run_pipeline(
     context: StageContext,
     calls: dict[str, StageCall],
     on_stage: Callable[[str, StageManifest], None],
 ) -> None:
-    """Run the stages in order; finished ones are skipped, unfinished ones go on.
+    """Run stages in order under the run directory's lock; finished ones are skipped.
+
+    Args:
+        context: the run directory.
+        calls: the stages.
+        on_stage: is called after each one, with its manifest.
 
     Raises:
-        WeaverError: the first error of a stage; what was finished stays.
+        WeaverError: the first error of a stage, or another process works in the run directory; what
+            was finished stays.
     """
-    for stage, call in calls.items():
-        on_stage(stage, call(context))
+    with locked(context.run_dir):
+        for stage, call in calls.items():
+            on_stage(stage, call(context))
 
 
 def plan_pipeline(context: StageContext, calls: dict[str, StageCall]) -> list[PlannedStage]:

@@ -1,0 +1,248 @@
+"""The Python interface: a conversion in one call, its stages, and loading the converted model.
+
+Every call takes the lock of its run directory, skips what is finished, and goes on with what was
+interrupted, like the commands of the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weaver.artifacts.bench_results import BenchResult
+from weaver.artifacts.manifest import StageManifest
+from weaver.artifacts.results import EvalResult
+from weaver.artifacts.store import read_json
+from weaver.config.finetuning import FinetuneConfig
+from weaver.config.loading import load_run_config, parse_config
+from weaver.config.sections import (
+    AssembleConfig,
+    BenchConfig,
+    CalibrateConfig,
+    DtypeName,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    PartitionConfig,
+    RouterConfig,
+    Section,
+)
+from weaver.models.checkpoint import DTYPES, load_tokenizer
+from weaver.models.loading import load_model
+from weaver.report.comparison import HEADERS, comparison_rows
+from weaver.report.progress import stage_progress
+from weaver.report.tables import markdown_table
+from weaver.stages.assemble import assemble
+from weaver.stages.bench import bench
+from weaver.stages.build_router import build_routers
+from weaver.stages.calibrate import calibrate
+from weaver.stages.evaluate import evaluate
+from weaver.stages.export import export, plan_export
+from weaver.stages.finetune import finetune
+from weaver.stages.finished import stage_command
+from weaver.stages.generate import model_folder
+from weaver.stages.partition import partition, propagating
+from weaver.stages.pipeline import conversion_calls, run_pipeline
+from weaver.stages.runner import StageContext, no_progress
+
+RunDir = str | PathLike[str]
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory: what its stages need besides their options.
+
+    Args:
+        path: the directory, with one folder per stage.
+        seed: root of all randomness.
+        data_dir: where data files are looked for after the current folder.
+        progress: show the progress of stages on standard error.
+        force: throw away what a stage's folder holds and make it again.
+    """
+
+    path: Path
+    seed: int = 0
+    data_dir: Path | None = None
+    progress: bool = True
+    force: bool = False
+
+    def calibrate(self, model: str | ModelConfig, **options: Any) -> StageManifest:
+        """Stream text through a dense model and keep statistics of every FFN.
+
+        Args:
+            model: a folder, a ``.gguf`` file, a hub name, or one of them with its revision and
+                dtype.
+            options: fields of ``CalibrateConfig``.
+        """
+        dense = ModelConfig(path=model) if isinstance(model, str) else model
+        config = _section(CalibrateConfig, options)
+        return self._stage("calibrate", lambda c: calibrate(c, dense, config))
+
+    def partition(self, *, calibration: Path | None = None, **options: Any) -> StageManifest:
+        """Divide the neurons of every FFN between a shared expert and routed ones.
+
+        Args:
+            calibration: a calibrate folder of another run, instead of this one's.
+            options: fields of ``PartitionConfig``; ``router``, fields of ``RouterConfig``, which a
+                sequential partition propagates.
+        """
+        router = _section(RouterConfig, options.pop("router", {}))
+        config = propagating(_section(PartitionConfig, options), router)
+        return self._stage("partition", lambda c: partition(c, config, calibration))
+
+    def build_router(self, **options: Any) -> StageManifest:
+        """Build a router per layer and solve for refit and constants.
+
+        Args:
+            options: fields of ``RouterConfig``.
+        """
+        config = _section(RouterConfig, options)
+        return self._stage("build-router", lambda c: build_routers(c, config))
+
+    def assemble(self, **options: Any) -> StageManifest:
+        """Write the converted model and try it on a few hundred tokens.
+
+        Args:
+            options: fields of ``AssembleConfig``.
+        """
+        config = _section(AssembleConfig, options)
+        return self._stage("assemble", lambda c: assemble(c, config))
+
+    def finetune(self, **options: Any) -> StageManifest:
+        """Train the converted model for some steps; its manifest has losses and evaluations.
+
+        Args:
+            options: fields of ``FinetuneConfig``.
+        """
+        config = _section(FinetuneConfig, options)
+        return self._stage("finetune", lambda c: finetune(c, config))
+
+    def evaluate(self, *, finetuned: bool = True, **options: Any) -> EvalResult:
+        """Measure perplexity, KL, agreement and usage against the dense model.
+
+        Args:
+            finetuned: measure the fine-tuned model if the run has one.
+            options: fields of ``EvalConfig``.
+        """
+        config = _section(EvalConfig, options)
+        self._stage("eval", lambda c: evaluate(c, config, finetuned=finetuned))
+        return EvalResult.model_validate(self._results("eval"))
+
+    def bench(self, *, finetuned: bool = True, **options: Any) -> BenchResult:
+        """Time prefill and decoding, dense and converted in turn.
+
+        Args:
+            finetuned: time the fine-tuned model if the run has one.
+            options: fields of ``BenchConfig``.
+        """
+        config = _section(BenchConfig, options)
+        self._stage("bench", lambda c: bench(c, config, finetuned=finetuned))
+        return BenchResult.from_flat_rows(self._results("bench"))
+
+    def export(self, target: str | None = None, out: Path | None = None, **options: Any) -> Path:
+        """Write the model for other runtimes.
+
+        Args:
+            target: see ``weaver export``; the first that holds the model exactly if left out.
+            out: folder to make; ``export-TARGET`` in the run directory if left out.
+            options: other fields of ``ExportConfig``.
+
+        Returns:
+            The folder.
+        """
+        config = _section(ExportConfig, {"target": target, **options})
+        plan = plan_export(self._context(), config, out)
+        self._stage("export", lambda c: export(c, plan))
+        return plan.folder
+
+    def report(self) -> str:
+        """Return dense against converted as a Markdown table, from what eval and bench wrote.
+
+        Raises:
+            WeaverError: one of them has not finished.
+        """
+        return markdown_table(
+            HEADERS, comparison_rows(self._results("eval"), self._results("bench"))
+        )
+
+    def _results(self, stage: str) -> Any:
+        path = self._context().folder(stage) / "results.json"
+        return read_json(path, rebuild=stage_command(stage, self.path))
+
+    def _context(self) -> StageContext:
+        return StageContext(
+            run_dir=self.path,
+            seed=self.seed,
+            force=self.force,
+            data_dir=self.data_dir,
+            progress=stage_progress() if self.progress else no_progress,
+        )
+
+    def _stage(self, name: str, call: Callable[[StageContext], StageManifest]) -> StageManifest:
+        manifests: dict[str, StageManifest] = {}
+        run_pipeline(self._context(), {name: call}, manifests.__setitem__)
+        return manifests[name]
+
+
+def convert(
+    model: str | PathLike[str],
+    run_dir: RunDir,
+    *,
+    sparsity: float = 0.25,
+    method: str = "weave",
+    calibration: Path | None = None,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> Run:
+    """Convert a dense model: the stages from ``calibrate`` to ``assemble`` that are missing.
+
+    Args:
+        model: a folder, a ``.gguf`` file or a hub name.
+        run_dir: directory of the run; the converted model is its folder ``model``.
+        sparsity: share of FFN neurons that a token leaves out on average.
+        method: a name of ``weaver partition --method``.
+        calibration: a calibrate folder of another run, which replaces this run's own.
+        sections: other values by section, as in a run file:
+            ``{"calibrate": {"tokens": 16384}, "partition": {"num_experts": 8}}``.
+        settings: seed, data_dir, progress, force: see ``Run``.
+
+    Returns:
+        The run, whose methods measure, train and export the model.
+
+    Raises:
+        WeaverError: a value is not allowed, the model or the text cannot be read, or the directory
+            holds another conversion.
+    """
+    run = Run(Path(run_dir), **settings)
+    values = {name: dict(section) for name, section in (sections or {}).items()}
+    values.setdefault("model", {})["path"] = str(model)
+    values.setdefault("partition", {}).update(method=method, sparsity=sparsity)
+    config = load_run_config(None, values=values, seed=run.seed)
+    run_pipeline(run._context(), conversion_calls(config, calibration), lambda *_: None)
+    return run
+
+
+def load(
+    source: Run | RunDir, dtype: DtypeName = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a converted model and its tokenizer for inference.
+
+    Args:
+        source: a run, whose fine-tuned model goes before the assembled one; or any model folder.
+        dtype: of the weights; ``auto`` as they are stored.
+
+    Raises:
+        WeaverError: there is no such model, or it cannot be loaded.
+    """
+    folder = model_folder(str(source.path if isinstance(source, Run) else Path(source)))
+    return load_model(folder, "auto" if dtype == "auto" else DTYPES[dtype]), load_tokenizer(folder)
+
+
+def _section(section: type[S], values: Mapping[str, Any]) -> S:
+    return parse_config(section, dict(values), source=section.__name__)

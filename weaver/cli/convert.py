@@ -1,0 +1,53 @@
+"""``weaver convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weaver.cli.options import Calibration, ConfigFile, Data, DataDir, Force, Overrides, Seed
+from weaver.cli.session import console, make_context
+from weaver.cli.show import show_manifest
+from weaver.config.loading import load_run_config
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file or hub name.")],
+    out: Annotated[Path, typer.Argument(help="Run directory; the model is its folder model.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of FFN neurons that a token skips. [default: 0.25]")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Conversion method. [default: weave]")] = None,
+    data: Data = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
+    calibration: Calibration = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    force: Force = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Convert a model: every stage from calibrate to assemble that is missing."""
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"path": model},
+        "calibrate": {"data": data, "tokens": tokens},
+        "partition": {"sparsity": sparsity, "method": method},
+    }
+    settings = load_run_config(config, overrides or [], flags, seed)
+    from weaver.stages.pipeline import conversion_calls, run_pipeline
+
+    context = make_context(out, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir)
+    run_pipeline(
+        context,
+        conversion_calls(settings, calibration),
+        lambda stage, manifest: show_manifest(console, stage, manifest, context.folder(stage)),
+    )
+    console.print(f"model: {out / 'model'}", markup=False)
+    console.print(f'try it: weaver generate {out} "The whale"', markup=False)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the subcommand."""
+    app.command("convert")(convert)
