@@ -25,7 +25,7 @@ METHODS: dict[str, MethodSpec[Any]] = {
     for spec in (
         MethodSpec(
             name="weave",
-            summary="co-activation clusters that a linear router can separate, closed-form compensation",
+            summary="clusters that a linear router can separate, closed-form compensation",
             source="weaver",
             partition=weave.partition,
             shared_scores=weave.shared_scores,
