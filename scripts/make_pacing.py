@@ -39,7 +39,7 @@ TEXTS = {
 }
 SPARSITIES = (0.25, 0.5)
 # Long windows for the mean and the FLOPs, many short ones for the first positions.
-LONG, SHORT, SHORT_WINDOWS = 512, 17, 96
+LONG, SHORT, SHORT_WINDOWS = 512, 17, 48
 DECODED_TOKENS = 96
 
 
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m", help="Any local checkpoint.")
     parser.add_argument("--data", nargs="+", default=["builtin:calibration"])
     parser.add_argument("--tokens", type=int, default=16384, help="Of the calibration.")
-    parser.add_argument("--windows", type=int, default=12, help="Of 512 tokens, per text.")
+    parser.add_argument("--windows", type=int, default=8, help="Of 512 tokens, per text.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--finished", action="store_true", help="Rows that are converted only.")
     parser.add_argument("--runs", type=Path, default=Path("runs/pacing"))
