@@ -109,18 +109,18 @@ def root(
 
 
 for _module in (
-    convert,
     calibrate,
     partition,
     build_router,
     assemble,
     finetune,
-    generate,
     evaluate,
     bench,
+    convert,
+    run,
+    generate,
     export,
     verify,
-    run,
     inspect,
 ):
     _module.add_to(app)

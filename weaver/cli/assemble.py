@@ -48,4 +48,4 @@ def assemble(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("assemble")(assemble)
+    app.command("assemble", rich_help_panel="Stages")(assemble)

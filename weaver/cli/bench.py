@@ -207,4 +207,4 @@ def _report(result: BenchResult, json_file: Path | None, plot: Path | None) -> N
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("bench")(bench)
+    app.command("bench", rich_help_panel="Stages")(bench)

@@ -59,4 +59,4 @@ def build_router(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("build-router")(build_router)
+    app.command("build-router", rich_help_panel="Stages")(build_router)

@@ -84,4 +84,4 @@ def calibrate(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("calibrate")(calibrate)
+    app.command("calibrate", rich_help_panel="Stages")(calibrate)

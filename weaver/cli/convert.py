@@ -50,4 +50,4 @@ def convert(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("convert")(convert)
+    app.command("convert", rich_help_panel="From start to end")(convert)

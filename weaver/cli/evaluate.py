@@ -69,4 +69,4 @@ def evaluate(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("eval")(evaluate)
+    app.command("eval", rich_help_panel="Stages")(evaluate)

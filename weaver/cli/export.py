@@ -67,4 +67,4 @@ def export(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("export")(export)
+    app.command("export", rich_help_panel="Converted models")(export)

@@ -77,4 +77,4 @@ def finetune(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("finetune")(finetune)
+    app.command("finetune", rich_help_panel="Stages")(finetune)

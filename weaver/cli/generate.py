@@ -102,4 +102,4 @@ def _report(written: Generated, *, greedy: bool) -> None:
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("generate")(generate)
+    app.command("generate", rich_help_panel="Converted models")(generate)

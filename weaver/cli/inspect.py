@@ -30,4 +30,4 @@ def inspect(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("inspect")(inspect)
+    app.command("inspect", rich_help_panel="Converted models")(inspect)

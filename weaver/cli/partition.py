@@ -124,4 +124,4 @@ def _show_forecasts(settings: PartitionConfig, forecasts: Sequence[Forecast]) ->
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("partition")(partition)
+    app.command("partition", rich_help_panel="Stages")(partition)

@@ -63,4 +63,4 @@ def _show_dry_run(settings: RunConfig, plan: list[PlannedStage]) -> None:
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("run")(run)
+    app.command("run", rich_help_panel="From start to end")(run)

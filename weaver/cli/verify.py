@@ -66,4 +66,4 @@ def verify(
 
 def add_to(app: typer.Typer) -> None:
     """Register the subcommand."""
-    app.command("verify")(verify)
+    app.command("verify", rich_help_panel="Converted models")(verify)
