@@ -30,7 +30,7 @@ def test_the_table_is_printed_and_nothing_written(calibrated: Path) -> None:
 
     assert result.exit_code == 0, result.output
     assert file_times(calibrated) == before
-    assert {path.name for path in calibrated.iterdir()} == {"calibrate"}
+    assert {path.name for path in calibrated.iterdir()} == {".lock", "calibrate"}
     lines = [[cell.strip() for cell in line.split("│")] for line in result.stdout.splitlines()]
     rows = [cells[1:-1] for cells in lines if len(cells) > 3]
     # 7 of 8, 14 of 16, 29 of 32 and 58 of 64 slices.

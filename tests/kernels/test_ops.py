@@ -59,7 +59,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Family]]:
 
     monkeypatch.setattr(ops, "costs_of", costs_of)
     ops._path.cache_clear()
-    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(ops, "_warned", set())
     yield families
     # What was answered here must not be looked up by other tests.
     ops._path.cache_clear()

@@ -198,12 +198,18 @@ def _keys_below(section: type[Section], path: Sequence[str | int]) -> list[str]:
         if isinstance(name, int):
             continue
         field = section.model_fields.get(name)
-        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        inner = [each for each in kinds if isinstance(each, type) and issubclass(each, Section)]
-        if not inner:
+        inner = None if field is None else _section_in(field.annotation)
+        if inner is None:
             return []
-        section = inner[0]
+        section = inner
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section in a field's type, such as ``FinetuneConfig | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
