@@ -84,7 +84,8 @@ def test_the_converted_model_speaks(tmp_path: Path, calibration: Path) -> None:
     build_routers(context, RouterConfig())
     assemble(context, AssembleConfig())
     folder = context.folder("assemble")
-    model, tokenizer = weaver.load(folder, "bfloat16")
+    loaded: Any = weaver.load(folder, "bfloat16")
+    model, tokenizer = loaded
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0])
