@@ -267,8 +267,8 @@ def main() -> None:
 HEADER = """# First tokens and exact budgets
 
 Made by `scripts/make_pacing.py` (`make pacing DATA_DIR=...`) on {model}, converted in {dtype}.
-Calibration: {tokens} tokens of {data} in windows of 512, the same for both methods; "flap, refit"
-is FLAP with weave's re-solved down projection and its treatment of first tokens.
+Calibration: {tokens} tokens of {data} in windows of 512, the same for both methods;
+"flap, refit" is FLAP with weave's re-solved down projection and its treatment of first tokens.
 
 A threshold that selects K experts on calibration text selects more or fewer on other text, and a
 converted model is weakest at the first tokens of a text, of which calibration has few and to which
@@ -286,7 +286,9 @@ everything attends. What weaver does about both (`weaver/models/pacing.py`):
 
 Columns "1" to "129 on" are the KL at these positions, nats per token: up to the 16th from {short}
 windows of 17 tokens, behind it from {windows} of 512, as are the KL and the FFN FLOPs (measured,
-over the dense FFN's, router and first tokens included).
+over the dense FFN's, router and first tokens included). The last three columns of the last table
+are of one text of {decoded} tokens, of which the first 16 take a sixth and use more experts than the
+others, as they do on calibration text.
 
 """
 
