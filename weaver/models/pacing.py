@@ -27,7 +27,7 @@ PRIOR_TOKENS = 8.0
 # would otherwise pay for whatever those before them did. docs/LOG.md has what other values gave.
 EXTRA_LAYERS = 1.5
 # Limits of a token's target, as multiples of K.
-LOWEST_TARGET, HIGHEST_TARGET = 0.7, 1.4
+LOWEST_TARGET, HIGHEST_TARGET = 0.4, 1.8
 
 
 @dataclass(frozen=True)
