@@ -287,8 +287,8 @@ everything attends. What weaver does about both (`weaver/models/pacing.py`):
 Columns "1" to "129 on" are the KL at these positions, nats per token: up to the 16th from {short}
 windows of 17 tokens, behind it from {windows} of 512, as are the KL and the FFN FLOPs (measured,
 over the dense FFN's, router and first tokens included). The last three columns of the last table
-are of one text of {decoded} tokens, of which the first 16 take a sixth and use more experts than the
-others, as they do on calibration text.
+are of one text of {decoded} tokens, of which the first 16 take a sixth and use more experts than
+the others, as they do on calibration text.
 
 """
 
