@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import weaver
 from weaver.config.loading import RunConfig, parse_config
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
+from weaver.report.tables import format_number
 from weaver.stages.lock import locked
 
 IDS_1T = torch.arange(40)[None]
@@ -56,7 +58,7 @@ def test_what_is_finished_is_skipped(
     for path, time in written.items():
         if path.name != ".lock":
             assert path.stat().st_mtime_ns == time, path
-    with pytest.raises(WeaverError, match=r"partition.*sparsity"):
+    with pytest.raises(WeaverError, match=r"sparsity: 0.25 on disk, 0.5 asked for"):
         weaver.convert(
             tiny_llama,
             run.path,
@@ -67,11 +69,34 @@ def test_what_is_finished_is_skipped(
         )
 
 
+def test_sections_hold_where_nothing_else_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    """The arguments of ``convert`` have no defaults that would overrule a section."""
+    values = sections(tiny_llama, partition={"sparsity": 0.5})
+    run = weaver.convert(
+        tiny_llama, str(tmp_path / "run"), dtype="bfloat16", sections=values, progress=False
+    )
+    recipe = weaver.load(run)[0].config.weaver["recipe"]
+    assert recipe["partition"]["sparsity"] == 0.5
+    assert recipe["partition"]["method"] == "cmoe"
+    assert recipe["model"]["dtype"] == "bfloat16"
+
+
+def test_what_is_forced_is_one_call(run: weaver.Run, tiny_llama: Path) -> None:
+    model = run.path / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    values = sections(tiny_llama)
+    again = weaver.convert(tiny_llama, run.path, sections=values, progress=False, force=True)
+    assert model.stat().st_mtime_ns > before
+    assert not again.force
+
+
 def test_the_stages_one_by_one(tiny_llama: Path, tmp_path: Path) -> None:
     values = sections(tiny_llama)
-    run = weaver.Run(tmp_path / "run", progress=False)
-    summary = run.calibrate(ModelConfig(path=str(tiny_llama)), **values["calibrate"]).summary
-    assert summary["tokens"] == 512
+    run = weaver.Run(str(tmp_path / "run"), progress=False)  # type: ignore[arg-type]
+    assert run.calibrate(tiny_llama, **values["calibrate"]).summary["tokens"] == 512
+    dense = ModelConfig(path=str(tiny_llama), dtype="float32")
+    with pytest.raises(WeaverError, match="calibrate: made "):
+        run.calibrate(dense, **{**values["calibrate"], "tokens": 256})
     assert run.partition(**values["partition"]).summary["method"] == "cmoe"
     assert run.build_router(kind="mean-gate").summary["router"] == "mean-gate"
     run.assemble(**values["assemble"])
@@ -84,12 +109,17 @@ def test_measurements_are_those_on_disk(run: weaver.Run) -> None:
     with pytest.raises(WeaverError, match="the stage has not run"):
         run.report()
     quality = run.evaluate(sequence_length=64, windows=2)
-    assert quality.kl >= 0
+    written = json.loads((run.path / "eval" / "results.json").read_text())
+    assert quality.kl == written["kl"] > 0
+    assert quality.moe.perplexity == written["moe"]["perplexity"]
     speed = run.bench(tokens=[1], decode_tokens=0, repeats=1, warmup=0)
     assert [row.tokens for row in speed.rows] == [1]
-    report = run.report()
-    assert "| KL to dense, nats/token" in report
-    assert report.count("\n") > 5
+    rows = [line.split("|")[1:-1] for line in run.report().splitlines()[2:]]
+    cells = {row[0].strip(): row[2].strip() for row in rows if row}
+    assert cells["KL to dense, nats/token"] == format_number(quality.kl)
+    assert cells["perplexity"] == format_number(quality.moe.perplexity)
+    rate = format_number(speed.rows[0].moe_tokens_per_second)
+    assert cells["prefill tokens/s (1 tokens)"].startswith(rate)
     folder = run.export("weaver", run.path / "own")
     assert (folder / "config.json").exists()
     trained = run.finetune(steps=1, batch_size=1, sequence_length=32, eval_windows=1)

@@ -7,7 +7,7 @@ interrupted, like the commands of the same names.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from weaver.artifacts.manifest import StageManifest
 from weaver.artifacts.results import EvalResult
 from weaver.artifacts.store import read_json
 from weaver.config.finetuning import FinetuneConfig
-from weaver.config.loading import load_run_config, parse_config
+from weaver.config.loading import RunConfig, merge_sections, parse_config
 from weaver.config.sections import (
     AssembleConfig,
     BenchConfig,
@@ -72,7 +72,13 @@ class Run:
     progress: bool = True
     force: bool = False
 
-    def calibrate(self, model: str | ModelConfig, **options: Any) -> StageManifest:
+    def __post_init__(self) -> None:
+        # Frozen, and yet a text is as good as a path.
+        object.__setattr__(self, "path", Path(self.path))
+        if self.data_dir is not None:
+            object.__setattr__(self, "data_dir", Path(self.data_dir))
+
+    def calibrate(self, model: str | PathLike[str] | ModelConfig, **options: Any) -> StageManifest:
         """Stream text through a dense model and keep statistics of every FFN.
 
         Args:
@@ -80,7 +86,7 @@ class Run:
                 dtype.
             options: fields of ``CalibrateConfig``.
         """
-        dense = ModelConfig(path=model) if isinstance(model, str) else model
+        dense = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
         config = _section(CalibrateConfig, options)
         return self._stage("calibrate", lambda c: calibrate(c, dense, config))
 
@@ -194,8 +200,9 @@ def convert(
     model: str | PathLike[str],
     run_dir: RunDir,
     *,
-    sparsity: float = 0.25,
-    method: str = "weave",
+    sparsity: float | None = None,
+    method: str | None = None,
+    dtype: DtypeName | None = None,
     calibration: Path | None = None,
     sections: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
@@ -205,12 +212,14 @@ def convert(
     Args:
         model: a folder, a ``.gguf`` file or a hub name.
         run_dir: directory of the run; the converted model is its folder ``model``.
-        sparsity: share of FFN neurons that a token leaves out on average.
-        method: a name of ``weaver partition --method``.
+        sparsity: share of FFN neurons that a token leaves out on average; 0.25 if left out.
+        method: a name of ``weaver partition --method``; ``weave`` if left out.
+        dtype: of the computation, by default the checkpoint's. ``float32`` is faster on CPUs
+            without 16-bit products.
         calibration: a calibrate folder of another run, which replaces this run's own.
         sections: other values by section, as in a run file:
             ``{"calibrate": {"tokens": 16384}, "partition": {"num_experts": 8}}``.
-        settings: seed, data_dir, progress, force: see ``Run``.
+        settings: seed, data_dir, progress, force: see ``Run``. What is forced is this call alone.
 
     Returns:
         The run, whose methods measure, train and export the model.
@@ -220,12 +229,14 @@ def convert(
             holds another conversion.
     """
     run = Run(Path(run_dir), **settings)
-    values = {name: dict(section) for name, section in (sections or {}).items()}
-    values.setdefault("model", {})["path"] = str(model)
-    values.setdefault("partition", {}).update(method=method, sparsity=sparsity)
-    config = load_run_config(None, values=values, seed=run.seed)
+    named = {
+        "model": {"path": str(model), "dtype": dtype},
+        "partition": {"method": method, "sparsity": sparsity},
+    }
+    values = merge_sections(sections or {}, named)
+    config = parse_config(RunConfig, {**values, "seed": run.seed}, source="convert")
     run_pipeline(run._context(), conversion_calls(config, calibration), lambda *_: None)
-    return run
+    return replace(run, force=False)
 
 
 def load(

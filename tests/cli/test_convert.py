@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from tiny_runs import run_values, write_config
@@ -27,7 +28,10 @@ def test_a_model_in_one_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert loaded.config.weaver["recipe"]["partition"]["method"] == "cmoe"
     # The advice at the end is a command that works.
     advice = result.output.splitlines()[-1].split("weaver ", 1)[1]
-    assert advice.startswith("generate ")
+    written = CliRunner().invoke(
+        weaver.cli.app.app, [*shlex.split(advice), "--max-new-tokens", "4"]
+    )
+    assert written.exit_code == 0, written.output
     refused = convert(*words, *small, "--sparsity", "0.5")
     assert refused.exit_code == 1
     assert "sparsity" in refused.stderr

@@ -8,9 +8,8 @@ import typer
 
 from weaver.cli.options import ConfigFile, Data, DataDir, DryRun, Force, Overrides, RunDir, Seed
 from weaver.cli.session import make_context, run_stage
-from weaver.config.loading import load_section, load_seed
-from weaver.config.sections import CalibrateConfig, ModelConfig
-from weaver.errors import WeaverError
+from weaver.config.loading import load_model_section, load_section, load_seed
+from weaver.config.sections import CalibrateConfig
 
 
 def calibrate(
@@ -62,13 +61,7 @@ def calibrate(
         "groups": groups,
     }
     names = overrides or []
-    if model is None and config is None and not any(text.startswith("model") for text in names):
-        raise WeaverError(
-            "no model is named",
-            why="calibrate runs text through a dense model",
-            fix=f"weaver calibrate MODEL --run-dir {run_dir}, or a --config with a model section",
-        )
-    model_config = load_section(ModelConfig, "model", config, names, model_flags)
+    model_config = load_model_section(config, names, model_flags)
     settings = load_section(CalibrateConfig, "calibrate", config, names, stage_flags)
     from weaver.stages.calibrate import calibrate as stage
 

@@ -22,6 +22,10 @@ def convert(
     method: Annotated[str | None, typer.Option(help="Conversion method. [default: weave]")] = None,
     data: Data = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, ...; float32 is faster on CPUs without 16-bit products."),
+    ] = None,
     calibration: Calibration = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -31,7 +35,7 @@ def convert(
 ) -> None:
     """Convert a model: every stage from calibrate to assemble that is missing."""
     flags: dict[str, dict[str, Any]] = {
-        "model": {"path": model},
+        "model": {"path": model, "dtype": dtype},
         "calibrate": {"data": data, "tokens": tokens},
         "partition": {"sparsity": sparsity, "method": method},
     }

@@ -58,15 +58,44 @@ def load_run_config(
         WeaverError: the file is missing or not YAML, an override has no ``=``, or a value is not
             what the section allows.
     """
-    raw = _read_yaml(path, overrides)
-    for name, section in (values or {}).items():
-        given = {key: value for key, value in section.items() if value is not None}
-        before = raw.get(name) or {}
-        if given and isinstance(before, dict):
-            raw[name] = {**before, **given}
+    raw = merge_sections(_read_yaml(path, overrides), values or {})
     if seed is not None:
         raw["seed"] = seed
-    return parse_config(RunConfig, raw, source=str(path or "convert"))
+    return parse_config(RunConfig, raw, source=str(path or "flags"))
+
+
+def merge_sections(
+    below: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Lay values over a configuration, section by section; None means not given.
+
+    What is no section below is left as it is, for ``parse_config`` to refuse.
+    """
+    merged = dict(below)
+    for name, section in above.items():
+        given = {key: value for key, value in section.items() if value is not None}
+        before = merged.get(name) or {}
+        if given and isinstance(before, Mapping):
+            merged[name] = {**before, **given}
+    return merged
+
+
+def load_model_section(
+    path: Path | None, overrides: Sequence[str], flags: dict[str, Any]
+) -> ModelConfig:
+    """The section of the dense model; see ``load_section``.
+
+    Raises:
+        WeaverError: as ``load_section``; no model is named.
+    """
+    section = _read_yaml(path, overrides).get("model") or {}
+    if flags["path"] is None and isinstance(section, dict) and "path" not in section:
+        raise WeaverError(
+            "no model is named",
+            why="calibrate runs text through a dense model",
+            fix="weaver calibrate MODEL, or a --config with a model section",
+        )
+    return load_section(ModelConfig, "model", path, overrides, flags)
 
 
 def load_section(
