@@ -229,7 +229,7 @@ def convert(
             holds another conversion.
     """
     run = Run(Path(run_dir), **settings)
-    named = {
+    named: dict[str, dict[str, Any]] = {
         "model": {"path": str(model), "dtype": dtype},
         "partition": {"method": method, "sparsity": sparsity},
     }
