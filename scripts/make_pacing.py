@@ -28,8 +28,8 @@ from weaver.evaluation.usage import count_usage
 from weaver.models.accounting import ModelAccount
 from weaver.models.moe import MoEFeedForward
 from weaver.report.tables import markdown_table
-from weaver.stages.converted import ConvertedModel, open_converted
-from weaver.stages.runner import StageContext
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_run import StageContext
 
 TEXTS = {
     "WikiText-2": "wikitext2/wiki.test.rebuilt.raw",
@@ -275,8 +275,9 @@ converted model is weakest at the first tokens of a text, of which calibration h
 everything attends. What weaver does about both (`weaver/models/pacing.py`):
 
 - **A sequence keeps an account.** Each layer sees what the layers before it have spent on the
-  sequence's earlier tokens beyond what they were set to, and aims at fewer or more experts in
-  proportion, so that the layers that remain save it evenly. Positions 3 to 16 are given what they
+  sequence's earlier tokens beyond what they were set to. It expects half of their drift of itself,
+  pays back its part of what they overspent, and aims at fewer or more experts accordingly, between
+  0.77 and 1.25 times what it was set to. Positions 3 to 16 are given what they
   used on calibration text, which is more than the others. Easy and hard tokens, and layers among
   each other, keep their differences. A layer waits for no other one, so that a prompt at once and
   token by token select the same experts.

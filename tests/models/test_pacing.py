@@ -24,8 +24,10 @@ from weaver.artifacts.types import FIRST_TOKENS
 from weaver.evaluation.usage import count_usage
 from weaver.models.pacing import (
     EXTRA_LAYERS,
+    FORESEEN,
     HIGHEST_TARGET,
     LOWEST_TARGET,
+    PRIOR_LAYERS,
     PRIOR_TOKENS,
     PacedLayer,
     Pacer,
@@ -56,18 +58,36 @@ def run(pacer: Pacer, s_LBTE: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(counts), torch.stack(lowest)
 
 
+def saved(over: float, age: int) -> float:
+    """What layer 1 of ``LAYERS[:2]`` saves if layer 0 overspent so many experts."""
+    layers = over / 6 / (age + PRIOR_TOKENS)
+    return layers * (FORESEEN / (1 + PRIOR_LAYERS) + 1 / (1 + EXTRA_LAYERS))
+
+
 def test_thresholds_follow_the_formula() -> None:
     pacer = Pacer(LAYERS[:2], first_tokens=1)
     pacer.begin(torch.ones(1, 3))
     assert pacer.lowest(0, 3).tolist() == [-torch.inf, 0, 0]  # type: ignore[union-attr]
     pacer.record(0, torch.tensor([14, 9, 9]))
     # The token at place 1 spent three experts too many, seen by the one behind it in layer 1.
-    expected = 2.0 * 3 / ((1 + PRIOR_TOKENS) * 6 * (1 + EXTRA_LAYERS))
     found = pacer.lowest(1, 3).tolist()  # type: ignore[union-attr]
-    assert found == pytest.approx([-torch.inf, 0, expected])
+    assert found == pytest.approx([-torch.inf, 0, 2.0 * saved(3, age=1)])
     # Asked again, as usage counts and backward passes do, it says the same.
     pacer.record(0, torch.tensor([14, 9, 9]))
     assert pacer.lowest(1, 3).tolist() == found  # type: ignore[union-attr]
+
+
+def test_a_layer_expects_of_itself_what_those_before_it_would_have_spent() -> None:
+    """Layers that saved the drift still tell those behind them about it."""
+    pacer = Pacer(LAYERS[:3], first_tokens=0)
+    age, spent = 100, 1.0
+    pacer.begin(torch.ones(1, 1), torch.tensor([[600 + 100, 600, 600, age]], dtype=torch.int32))
+    lowest = [float(pacer.lowest(index, 1)) for index in range(3)]  # type: ignore[arg-type]
+    seen = spent * age / 6 / (age + PRIOR_TOKENS)
+    first = seen * (FORESEEN / (1 + PRIOR_LAYERS) + 1 / (2 + EXTRA_LAYERS))
+    # Layer 1 kept the pace: what layer 0 overspent, and what layer 1 saved for it.
+    second = FORESEEN * (seen + first) / (2 + PRIOR_LAYERS) + seen / (1 + EXTRA_LAYERS)
+    assert lowest == pytest.approx([0, 2.0 * first, 2.0 * second])
 
 
 def test_a_place_is_given_what_calibration_spent_there() -> None:
@@ -76,15 +96,14 @@ def test_a_place_is_given_what_calibration_spent_there() -> None:
     pacer = Pacer(layers, first_tokens=1, early_tokens=3)
     pacer.begin(torch.ones(1, 5))
     pacer.record(0, torch.tensor([14, 9, 9, 8, 6]))
-    save = 2.0 * 2 / ((3 + PRIOR_TOKENS) * 6 * (1 + EXTRA_LAYERS))
-    expected = [-torch.inf, 0, 0, 0, save]
+    expected = [-torch.inf, 0, 0, 0, 2.0 * saved(2, age=3)]
     assert pacer.lowest(1, 5).tolist() == pytest.approx(expected)  # type: ignore[union-attr]
     # In the next call the account goes on where it was.
     pacer.record(1, torch.tensor([14, 9, 9, 6, 6]))
     totals_BTC = pacer.totals()
     assert totals_BTC is not None
     pacer.begin(torch.ones(1, 1), totals_BTC[:, -1])
-    expected = [2.0 * 2 / ((4 + PRIOR_TOKENS) * 6 * (1 + EXTRA_LAYERS))]
+    expected = [2.0 * saved(2, age=4)]
     assert pacer.lowest(1, 1).tolist() == pytest.approx(expected)  # type: ignore[union-attr]
 
 

@@ -21,13 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+# docs/LOG.md has what other values of these gave.
 # A young sequence is taken to have kept the pace for this many tokens.
-PRIOR_TOKENS = 8.0
+PRIOR_TOKENS = 16.0
+# A layer foresees this share of the drift of the layers before it, and the first layers are taken
+# to stand behind this many that had none.
+FORESEEN, PRIOR_LAYERS = 0.5, 2.0
 # Overspending is paid back by the layers that remain and by this many more, since the last layers
-# would otherwise pay for whatever those before them did. docs/LOG.md has what other values gave.
-EXTRA_LAYERS = 1.5
+# would otherwise pay for whatever those before them did.
+EXTRA_LAYERS = 2.0
 # Limits of a token's target, as multiples of K.
-LOWEST_TARGET, HIGHEST_TARGET = 0.4, 1.8
+LOWEST_TARGET, HIGHEST_TARGET = 0.77, 1.25
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,19 @@ class Pacer:
 
     With ``n_lt`` the experts that token t uses in layer l, and ``K_lt`` those given to its place,
     the overspending that layer l sees is that of the layers before it, over the sequence's earlier
-    tokens: ``over_lt = sum_{l' < l} sum_{s < t} N_l' (n_l's - K_l's)``. Layer l aims at ``c K_lt``,
-    ``c_lt = 1 - over_lt / ((t + P) (sum_{l' >= l} K_l' N_l' + X mean_l' K_l' N_l'))``
-    within limits, with P ``PRIOR_TOKENS`` and X ``EXTRA_LAYERS``: what was spent too much per token
-    is saved evenly by the layers that remain. An expert runs if its score exceeds
-    ``slope_l (1 - c_lt)``. No layer waits for one behind it and no token for itself, so that a
-    prompt at once and token by token select the same experts; and layers keep the differences
-    between them, as does a hard token beside an easy one. The first tokens of a sequence run all
-    experts and are not counted.
+    tokens: ``o_lt = sum_{l' < l} sum_{s < t} u_l' (n_l's / K_l's - 1) / (t + P)`` layers per token,
+    with ``u_l = K_l N_l`` over its mean and P ``PRIOR_TOKENS``. Layer l saves a part of its experts
+
+    ``save_lt = f (o_lt + sum_{l' < l} u_l' save_l't) / (sum_{l' < l} u_l' + Y)
+    + o_lt / (sum_{l' >= l} u_l' + X)``
+
+    within limits, with f ``FORESEEN``, Y ``PRIOR_LAYERS`` and X ``EXTRA_LAYERS``. The first term is
+    the drift of the layers before it, what they saved added again: the layer expects the same of
+    itself. The second one pays back, evenly over the layers that remain. An expert runs if its
+    score exceeds ``slope_l save_lt``. No layer waits for one behind it and no token for itself, so
+    that a prompt at once and token by token select the same experts; and layers keep the
+    differences between them, as does a hard token beside an easy one. The first tokens of a
+    sequence run all experts and are not counted.
 
     Args:
         layers: the paced layers in the model's order.
@@ -131,12 +140,13 @@ class Pacer:
         spent_BL = self._unit_L * (self._totals_BC[:, :-1] - given_BL)
         # Before each layer: what those before it have spent too much in earlier calls.
         self._past_BL = spent_BL.cumsum(1) - spent_BL
-        # The same of this call, for the layers whose predecessors have run.
+        # The same of this call, for the first layer and those whose predecessor has run.
         self._new: list[Tensor] = [torch.zeros_like(self._age_BT)] * (tokens > 1)
         self._counts = [None] * len(self.layers)
         self._rows, self._paced = batch * tokens, True
         if tokens == 1:
-            lowest_BL = self._lowest(self._past_BL, self._rest_L, self._slope_L, self._free_BT)
+            save_BL = self._past_BL / (self._age_BT + PRIOR_TOKENS) @ self._save_LL.T
+            lowest_BL = self._lowest(save_BL, self._slope_L)
             self._lowest_LB = lowest_BL.T.contiguous()
 
     def free(self, positions_BT: Tensor) -> None:
@@ -166,14 +176,13 @@ class Pacer:
             return torch.where(self._free_BT, -torch.inf, 0.0).flatten()
         if self._mask_BT.shape[1] == 1:
             return self._lowest_LB[index]
-        over_BT = self._past_BL[:, index, None] + self._new[index]
-        rest, slope = self._rest_L[index], self._slope_L[index]
-        return self._lowest(over_BT, rest, slope, self._free_BT).flatten()
+        over_BTL = self._past_BL[:, None, : index + 1] + torch.stack(self._new[: index + 1], dim=-1)
+        save_BT = over_BTL @ self._save_LL[index, : index + 1] / (self._age_BT + PRIOR_TOKENS)
+        return self._lowest(save_BT, self._slope_L[index]).flatten()
 
-    def _lowest(self, over: Tensor, rest: Tensor, slope: Tensor, free: Tensor) -> Tensor:
-        save = over / ((self._age_BT + PRIOR_TOKENS) * rest)
+    def _lowest(self, save: Tensor, slope: Tensor) -> Tensor:
         save = save.clamp(1 - HIGHEST_TARGET, 1 - LOWEST_TARGET)
-        return (slope * save).masked_fill(free, -torch.inf)
+        return (slope * save).masked_fill(self._free_BT, -torch.inf)
 
     def record(self, index: int, counts_T: Tensor) -> None:
         """Take the number of experts that every token used in a layer, (B * T,).
@@ -207,7 +216,6 @@ class Pacer:
             return
         costs = [layer.experts * layer.width for layer in self.layers]
         mean = sum(costs) / len(costs)
-        rest = [sum(costs[index:]) / mean + EXTRA_LAYERS for index in range(len(costs))]
 
         def tensor(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
@@ -217,8 +225,26 @@ class Pacer:
         self._experts_L = tensor([layer.experts for layer in self.layers])
         self._early_L = tensor([layer.early_experts for layer in self.layers])
         self._slope_L = tensor([layer.slope for layer in self.layers])
-        self._rest_L = tensor(rest)
+        self._save_LL = torch.tensor(_savings([cost / mean for cost in costs]), device=device)
         self._constants_device = device
+
+
+def _savings(costs: Sequence[float]) -> list[list[float]]:
+    """The matrix of ``save = matrix @ o``, lower triangular, (L, L); see ``Pacer``.
+
+    Args:
+        costs: u of each layer.
+    """
+    rows: list[list[float]] = []
+    # What the layers before the next one save, as a combination of what each of them sees.
+    saved = [0.0] * len(costs)
+    for index, cost in enumerate(costs):
+        foresee = FORESEEN / (sum(costs[:index]) + PRIOR_LAYERS)
+        row = [foresee * share for share in saved]
+        row[index] += foresee + 1 / (sum(costs[index:]) + EXTRA_LAYERS)
+        saved = [share + cost * own for share, own in zip(saved, row, strict=True)]
+        rows.append(row)
+    return rows
 
 
 def pace(
