@@ -19,15 +19,15 @@ from scipy.stats import spearmanr
 
 from weaver.algorithms.glu import glu_forward
 from weaver.cli.session import make_context, quiet_libraries
+from weaver.config.sections import RouterConfig
+from weaver.conversion.partition_settings import resolve_settings
+from weaver.conversion.splitter import LayerSplitter
+from weaver.conversion.trials import Trial, convert_alone
 from weaver.evaluation.perplexity import compare
 from weaver.evaluation.sensitivity import predicted_kl
-from weaver.methods.registry import get_method, resolve_options
 from weaver.models.loading import load_model
 from weaver.report.tables import format_percent, markdown_table
-from weaver.stages.parents import open_calibration
-from weaver.stages.partition import resolve
-from weaver.stages.splitter import LayerSplitter
-from weaver.stages.trials import Trial, convert_alone
+from weaver.rundir.inputs import open_calibration
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ def main() -> None:
     by_sparsity = {}
     for sparsity in SPARSITIES:
         config = weave("weave", sparsity).partition
-        spec = get_method(config.method)
-        options = resolve_options(spec, config.options)
-        splitter = LayerSplitter(calibration, resolve(config, spec, options), spec, options, 0)
+        splitter = LayerSplitter(calibration, resolve_settings(config, RouterConfig()), 0)
         by_sparsity[sparsity] = check_layers(splitter, trial, arguments.every)
     text = HEADER.format(
         model=calibration.checkpoint.folder.name,

@@ -42,7 +42,7 @@ def measured(file: Path, *command: str) -> None:
     """
     for _ in range(ATTEMPTS):
         if not file.exists() or is_disturbed(file):
-            weaver("bench", *command, *ONE_WARMUP)
+            weaver(*command, *ONE_WARMUP)
 
 
 def is_disturbed(file: Path) -> bool:
@@ -58,7 +58,7 @@ def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, ro
     sizes = ["--hidden-size", str(HIDDEN), "--intermediate-size", str(NEURONS)]
     layout = ["--num-experts", str(experts), "--sparsity", str(sparsity), "--dtype", dtype]
     how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "9"]
-    measured(file, "--level", "layer", *sizes, *layout, *how, "--json", str(file))
+    measured(file, "bench-layer", *sizes, *layout, *how, "--json", str(file))
 
 
 def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
@@ -73,7 +73,7 @@ def model(run_dir: Path) -> None:
     """Whole models, dense and converted."""
     how = ["--tokens", "1,16,128,512", "--threads", "1", "--repeats", "5"]
     file = run_dir / "bench" / "results.json"
-    measured(file, "--run-dir", str(run_dir), "--force", *how)
+    measured(file, "bench", "--run-dir", str(run_dir), "--force", *how)
 
 
 def finished(runs: Path) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from results_rows import RUNS, SPARSITIES, main_rows
 from transformers import AutoTokenizer, PreTrainedModel
 
+from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.results import TaskResult
 from weaver.artifacts.store import write_json
@@ -27,7 +28,7 @@ from weaver.evaluation.tasks import run_task
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.loading import load_model
 from weaver.report.tables import format_percent, markdown_table
-from weaver.stages.converted import open_converted
+from weaver.rundir.converted_model import open_converted
 
 # Task files below --data-dir, and the accuracy that is usually reported of each.
 TASKS = {
@@ -161,7 +162,7 @@ def main() -> None:
             converted = open_converted(context, finetuned=False)
             load = lambda converted=converted: converted.load("auto")  # noqa: E731
             scored.append(Scored(row.name, sparsity, scores(row.folder, load)))
-    text = HEADER.format(model=dense.name, limit=limit, dtype=str(dtype).removeprefix("torch."))
+    text = HEADER.format(model=dense.name, limit=limit, dtype=dtype_name(dtype))
     arguments.out.write_text(f"{text}\n{table(scored)}\n\n{lead_per_task(scored)}\n")
 
 

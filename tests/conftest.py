@@ -10,7 +10,7 @@ from byte_tokenizer import byte_tokenizer
 from tiny_models import save_tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from weaver.kernels.costs import TOKENS, Costs, Family
+from weaver.kernels.costs import TOKENS, Costs, LayerKind
 from weaver.models import forecast
 
 # Messages are compared word by word; a narrow terminal would break them inside table cells. Set
@@ -55,7 +55,7 @@ def made_up_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     are measured differ from machine to machine and from minute to minute.
     """
 
-    def costs_of(family: Family) -> Costs:
+    def costs_of(family: LayerKind) -> Costs:
         second = (1.0,) * len(TOKENS)
         routing = (0.1 * (family.neurons // family.width),) * len(TOKENS)
         return Costs(dense=second, masked=second, expert=second, routing=routing)

@@ -18,7 +18,7 @@ from weaver.config.loading import RunConfig, parse_config
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.report.tables import format_number
-from weaver.stages.lock import locked
+from weaver.rundir.lock import locked
 
 IDS_1T = torch.arange(40)[None]
 

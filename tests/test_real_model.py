@@ -21,12 +21,12 @@ from weaver.config.sections import (
     PartitionConfig,
     RouterConfig,
 )
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.assemble import assemble
 from weaver.stages.build_router import build_routers
 from weaver.stages.calibrate import calibrate
 from weaver.stages.evaluate import evaluate
 from weaver.stages.partition import partition
-from weaver.stages.runner import StageContext
 
 MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m"
 
@@ -50,8 +50,9 @@ def convert(run_dir: Path, calibration: Path, **settings: Any) -> dict[str, Any]
     """Split, assemble and evaluate; the results."""
     context = StageContext(run_dir)
     router = settings.pop("router", None)
-    partition(context, PartitionConfig(sparsity=0.25, **settings), calibration)
-    build_routers(context, RouterConfig(kind=router))
+    routes = RouterConfig(kind=router)
+    partition(context, PartitionConfig(sparsity=0.25, **settings), routes, calibration)
+    build_routers(context, routes)
     assemble(context, AssembleConfig(dtype="float32"))
     evaluate(context, EvalConfig(sequence_length=512, windows=4, dtype="float32"))
     results: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
@@ -80,7 +81,8 @@ def test_methods_keep_their_quality_and_their_order(tmp_path: Path, calibration:
 
 def test_the_converted_model_speaks(tmp_path: Path, calibration: Path) -> None:
     context = StageContext(tmp_path)
-    partition(context, PartitionConfig(method="flap", sparsity=0.125), calibration)
+    config = PartitionConfig(method="flap", sparsity=0.125)
+    partition(context, config, RouterConfig(), calibration)
     build_routers(context, RouterConfig())
     assemble(context, AssembleConfig())
     folder = context.folder("assemble")

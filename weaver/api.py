@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.artifacts.bench_results import BenchResult
+from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import StageManifest
 from weaver.artifacts.results import EvalResult
 from weaver.artifacts.store import read_json
@@ -32,11 +33,13 @@ from weaver.config.sections import (
     RouterConfig,
     Section,
 )
-from weaver.models.checkpoint import DTYPES, load_tokenizer
+from weaver.models.checkpoint import load_tokenizer
 from weaver.models.loading import load_model
 from weaver.report.comparison import HEADERS, comparison_rows
 from weaver.report.progress import stage_progress
 from weaver.report.tables import markdown_table
+from weaver.rundir.stage_folders import stage_command
+from weaver.rundir.stage_run import StageContext, no_progress
 from weaver.stages.assemble import assemble
 from weaver.stages.bench import bench
 from weaver.stages.build_router import build_routers
@@ -44,11 +47,9 @@ from weaver.stages.calibrate import calibrate
 from weaver.stages.evaluate import evaluate
 from weaver.stages.export import export, plan_export
 from weaver.stages.finetune import finetune
-from weaver.stages.finished import stage_command
 from weaver.stages.generate import model_folder
-from weaver.stages.partition import partition, propagating
+from weaver.stages.partition import partition
 from weaver.stages.pipeline import conversion_calls, run_pipeline
-from weaver.stages.runner import StageContext, no_progress
 
 RunDir = str | PathLike[str]
 S = TypeVar("S", bound=Section)
@@ -99,8 +100,8 @@ class Run:
                 sequential partition propagates.
         """
         router = _section(RouterConfig, options.pop("router", {}))
-        config = propagating(_section(PartitionConfig, options), router)
-        return self._stage("partition", lambda c: partition(c, config, calibration))
+        config = _section(PartitionConfig, options)
+        return self._stage("partition", lambda c: partition(c, config, router, calibration))
 
     def build_router(self, **options: Any) -> StageManifest:
         """Build a router per layer and solve for refit and constants.

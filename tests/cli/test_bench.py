@@ -1,4 +1,4 @@
-"""``weaver bench`` as a command: single FFNs, the roofline, the table, and what is refused."""
+"""``weaver bench`` and ``bench-layer`` as commands: tables, files, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import typer
 from rich.console import Console
 from tiny_runs import file_times, run_config, run_stages
-from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 import weaver.cli.app
 from weaver.artifacts.bench_results import BenchHeader, BenchResult, BenchRow
-from weaver.cli.bench import FLAGS
 from weaver.cli.show_speeds import show_bench
 from weaver.evaluation import layers
-from weaver.kernels.roofline import SHAPES
 
-SIZE = ("--level", "layer", "--hidden-size", "32", "--intermediate-size", "64")
+SIZE = ("--hidden-size", "32", "--intermediate-size", "64")
 SHORT = ("--tokens", "1,8", "--repeats", "1", "--set", "bench.warmup=0")
 
 
@@ -33,8 +29,12 @@ def _a_single_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "STACK_BYTES", 1)
 
 
+def invoke(*words: str | Path) -> Result:
+    return CliRunner().invoke(weaver.cli.app.app, [*map(str, words)])
+
+
 def bench(*words: str | Path) -> Result:
-    return CliRunner().invoke(weaver.cli.app.app, ["bench", *map(str, words)])
+    return invoke("bench-layer", *words)
 
 
 def refusal(*words: str | Path) -> tuple[str, str, str]:
@@ -109,7 +109,7 @@ def converted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_layers_of_a_run(converted: Path, tmp_path: Path) -> None:
     json_file, before = tmp_path / "rows.json", file_times(converted)
-    words = ("--run-dir", converted, "--level", "layer", "--layer", "1", "--layer", "3", *SHORT)
+    words = ("--run-dir", converted, "--layer", "1", "--layer", "3", *SHORT)
 
     result = bench(*words, "--json", json_file)
 
@@ -123,8 +123,8 @@ def test_layers_of_a_run(converted: Path, tmp_path: Path) -> None:
     assert "layer 9 has no routed experts" in refusal(*words, "--layer", "9")[0]
 
 
-def test_whole_models_are_the_default(converted: Path) -> None:
-    result = bench("--run-dir", converted, *SHORT, "--decode-tokens", "0")
+def test_whole_models(converted: Path) -> None:
+    result = invoke("bench", "--run-dir", converted, *SHORT, "--decode-tokens", "0")
 
     assert result.exit_code == 0, result.output
     assert "level model, real routing" in result.output
@@ -137,30 +137,14 @@ def test_whole_models_are_the_default(converted: Path) -> None:
     assert column(result.output, "phase", "tokens") == [["prefill", "1"], ["prefill", "8"]]
 
 
-def test_nothing_to_time() -> None:
-    for words in ((), ("--level", "layer")):
-        what, why, fix = refusal(*words)
-        assert what == "nothing to time"
-        assert why == "bench times the converted model of a run, or an FFN of a given size"
-        assert fix.startswith("--run-dir RUN, or --level layer --hidden-size")
-
-
 @pytest.mark.parametrize(
-    "words",
-    [
-        (*SIZE, "--run-dir", "run"),
-        ("--level", "layer", "--hidden-size", "32"),
-        ("--level", "kernel", "--intermediate-size", "64"),
-        SIZE[2:],
-        ("--level", "model", *SIZE[2:]),
-    ],
-    ids=["run", "only-hidden", "only-intermediate", "no-level", "model"],
+    "words", [(), ("--hidden-size", "32"), ("--intermediate-size", "64"), ("--layer", "1")]
 )
-def test_a_size_that_does_not_fit(words: tuple[str, ...]) -> None:
+def test_nothing_to_time(words: tuple[str, ...]) -> None:
     what, why, fix = refusal(*words)
-    assert what == "the size of an FFN goes with neither whole models nor a run"
-    assert "together name an FFN of random weights" in why
-    assert fix.startswith("--level layer --hidden-size 2048 --intermediate-size 8192")
+    assert what == "nothing to time"
+    assert why.startswith("bench-layer times FFNs of a run, or one whose hidden and")
+    assert fix.startswith("weaver bench-layer --run-dir RUN, or weaver bench-layer --hidden-size")
 
 
 @pytest.mark.parametrize(
@@ -179,65 +163,19 @@ def test_bad_flags_of_a_size(flags: tuple[str, ...], expected: str, tmp_path: Pa
     assert not json_file.exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "others", "what"),
-    [
-        (
-            ("--run-dir", "run", "--json", "rows.json", "--layer", "1"),
-            "--json, --layer",
-            "whole models",
-        ),
-        (("--run-dir", "run", "--routing", "real"), "--routing", "whole models"),
-        (("--run-dir", "run", "--level", "layer", "--force"), "--force", "FFNs of a run"),
-        (
-            ("--run-dir", "run", "--level", "kernel", "--sparsity", "0.5"),
-            "--sparsity",
-            "FFNs of a run",
-        ),
-        ((*SIZE, "--layer", "0", "--dry-run"), "--dry-run, --layer", "the size of an FFN"),
-        ((*SIZE, "--decode-tokens", "3"), "--decode-tokens", "the size of an FFN"),
-        (("--roofline", "h100", "--threads", "1"), "--threads", "a roofline"),
-    ],
-)
-def test_a_flag_that_would_do_nothing(words: tuple[str, ...], others: str, what: str) -> None:
-    said, why, fix = refusal(*words)
-    assert said == f"{others} would do nothing for {what}"
-    assert why.startswith(f"{what} can be given --")
-    assert fix.startswith(f"leave {others.replace(', ', ' and ')} out")
+def test_a_flag_that_would_do_nothing() -> None:
+    said, why, fix = refusal("--run-dir", "run", "--sparsity", "0.5", "--num-experts", "8")
+    assert said == "--num-experts, --sparsity would do nothing for the FFNs of a run"
+    assert why == "the run says how large its FFNs are and how they are split"
+    assert fix == "leave --num-experts and --sparsity out, or --run-dir"
+    assert refusal(*SIZE, "--layer", "0")[0] == "--layer would do nothing for the size of an FFN"
 
 
-def test_every_flag_means_something_somewhere() -> None:
-    command = typer.main.get_command(weaver.cli.app.app)
-    assert isinstance(command, TyperGroup)
-    names = {name for each in command.commands["bench"].params for name in each.opts}
-    known = set().union(*FLAGS.values())
-    assert known == {name for name in names if name.startswith("--")}
-
-
-def test_a_roofline_is_not_a_measurement() -> None:
-    result = bench("--roofline", "h100", "--tokens", "4")
-
-    assert result.exit_code == 0, result.output
-    assert "model of h100, not a measurement" in result.output
-    assert "nothing was measured" in result.output
-    rows = table(result.output)
-    # Every model at two sparsities and two numbers of slices.
-    assert len(rows) == 4 * len(SHAPES)
-    assert {row["FFN of"] for row in rows} == set(SHAPES)
-    assert {(row["tokens"], row["kernels"]) for row in rows} == {("4", "decode")}
-    default = table(bench("--roofline", "h100").output)
-    assert {row["tokens"] for row in default} == {"1", "4", "16", "128", "512", "2048"}
-    assert any(row["speed-up"].endswith("x slower than dense") for row in default)
-
-
-def test_a_roofline_of_an_unknown_device() -> None:
-    what, why, fix = refusal("--roofline", "abacus")
-    assert what == "no roofline for abacus"
-    assert why.startswith("'abacus' is none of a100, h100")
-    assert fix == "--roofline h100"
-    help_text = bench("--help").output
-    for name in why.removeprefix("'abacus' is none of ").split(", "):
-        assert name in help_text
+def test_bench_with_a_level_is_bench_layer(tmp_path: Path) -> None:
+    json_file = tmp_path / "rows.json"
+    words = ("--level", "layer", *SIZE, *SHORT, "--json", json_file)
+    assert invoke("bench", *words).exit_code == 0
+    assert [row["tokens"] for row in json.loads(json_file.read_text())] == [1, 8]
 
 
 ROW = BenchRow(

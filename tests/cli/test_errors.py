@@ -147,7 +147,11 @@ def test_a_bad_model(
         ("", (), r"text\.txt: holds no text"),
         ("short", (), r"text\.txt has 6 tokens, 512 are wanted from it"),
         ("short", ("--tokens", "32"), r"32 tokens do not fill one window of 64"),
-        ("a" * 600, ("--activation-top-k", "65"), r"activation_top_k=65 of 64 neurons"),
+        (
+            "a" * 600,
+            ("--set", "calibrate.activation_top_k=65"),
+            r"activation_top_k=65 of 64 neurons",
+        ),
         ("a" * 600, ("--set", "calibrate.data=[]"), r"data"),
         (None, (), r"text\.txt: no such data"),
     ],
@@ -187,7 +191,7 @@ def test_bad_data(
         (("--set", "sparsity"), r"override 'sparsity' has no '='"),
         (("--set", "partition.sparsity=["), r"the value is not YAML"),
         (("--set", "seed=often"), r"seed 'often' is not a whole number"),
-        (("--set", "partition.propagate.kind=nonesuch"), r"unknown router 'nonesuch'"),
+        (("--set", "router.kind=nonesuch"), r"unknown router 'nonesuch'"),
         (("--config", "nonesuch.yaml"), r"nonesuch\.yaml: no such config file"),
     ],
 )

@@ -40,10 +40,11 @@ def config_of(run_dir: Path, stage: str) -> dict[str, Any]:
 
 def test_help_names_every_method_and_router() -> None:
     # Written out there, because help must not wait for torch.
-    names = re.findall(r"[a-z][a-z-]+", help_of("partition", "method"))
-    assert [name for name in names if name not in {"default", "or"}] == list(METHODS)
+    text = help_of("partition", "method").partition(".")[0]
+    names = re.findall(r"[a-z][a-z-]+", text)
+    assert [name for name in names if name != "or"] == list(METHODS)
     assert names[0] == PartitionConfig().method
-    routers = help_of("build-router", "router").partition(";")[0]
+    routers = help_of("build-router", "kind").partition(";")[0]
     assert re.findall(r"[a-z][a-z-]+", routers.replace(" or ", " ")) == list(ROUTERS)
 
 
@@ -54,7 +55,7 @@ def calibrated(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_partition_flags(calibrated: Path) -> None:
-    words = ("partition", "--run-dir", calibrated, "--granularity", "16", "--allocation", "fisher")
+    words = ("partition", "--run-dir", calibrated, "--num-experts", "16", "--allocation", "fisher")
     output = invoke(*words, "--set", "router.refit=false")
 
     assert "weave (scope: ffn)" in output
@@ -124,5 +125,9 @@ def test_finetune_flags(tiny_llama: Path, tmp_path: Path) -> None:
     assert re.search(r"held-out KL .* the weights of step [02]\n", output)
 
 
-def test_the_help_of_finetune_names_every_preset() -> None:
-    assert re.findall("|".join(PRESETS), help_of("finetune", "preset")) == list(PRESETS)
+def test_the_help_shows_presets_and_defaults() -> None:
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", invoke("finetune", "--help")).split())
+    assert "[default: 50]" in text
+    group: Any = typer.main.get_command(weaver.cli.app.app)
+    (preset,) = [each for each in group.commands["finetune"].params if each.name == "preset"]
+    assert preset.metavar == "|".join(PRESETS)

@@ -1,4 +1,4 @@
-"""``weaver partition --pareto`` as a command."""
+"""``weaver pareto`` as a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def calibrated(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def pareto(run_dir: Path, *flags: str) -> Result:
-    words = ["partition", "--run-dir", str(run_dir), "--pareto", *flags]
+    words = ["pareto", "--run-dir", str(run_dir), *flags]
     return CliRunner().invoke(weaver.cli.app.app, words)
 
 

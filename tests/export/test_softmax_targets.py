@@ -32,7 +32,7 @@ from weaver.config.sections import ModelConfig
 from weaver.export import glm4_moe, granite_moe_shared
 from weaver.export.base import Target
 from weaver.models.checkpoint import Checkpoint
-from weaver.models.converted import ConvertedCheckpoint
+from weaver.models.converted_folder import ConvertedCheckpoint
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

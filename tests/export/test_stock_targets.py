@@ -34,7 +34,7 @@ from weaver.export import glm4_moe, granite_moe_shared
 from weaver.export.base import ALWAYS, NEVER
 from weaver.export.glm4_moe import router_scale
 from weaver.export.registry import check, choose, stock_target
-from weaver.models.converted import ConvertedCheckpoint
+from weaver.models.converted_folder import ConvertedCheckpoint
 
 NO_WINDOW: dict[str, Any] = {"sliding_window": None}
 # Variants whose decoders have a stock form, with what has to be changed in the tiny model.
@@ -273,7 +273,7 @@ def test_a_distilled_router_selects_mostly_the_same_experts() -> None:
     from weaver.export.features import approximated
     from weaver.kernels.reference import ExpertChoice, route
     from weaver.models.accounting import LayerShape
-    from weaver.models.converted import ConvertedLayer
+    from weaver.models.converted_folder import ConvertedLayer
 
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(4000, 16, generator=generator) + 1.0

@@ -24,8 +24,8 @@ from weaver.config.sections import ExportConfig, ModelConfig, VerifyConfig
 from weaver.errors import WeaverError
 from weaver.export.remote import modeling_weaver
 from weaver.models.checkpoint import Checkpoint
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.export import export, plan_export
-from weaver.stages.runner import StageContext
 from weaver.stages.verify import verify
 
 IDS_WT = random_ids(2, 20)

@@ -14,10 +14,10 @@ import torch
 
 from weaver.artifacts.cache import cache_lock
 from weaver.kernels import costs
-from weaver.kernels.costs import TOKENS, Costs, Family, Workload, costs_of, measure
+from weaver.kernels.costs import TOKENS, Costs, LayerKind, Workload, costs_of, measure
 from weaver.kernels.timing import Timing
 
-FAMILY = Family(8, 50, 10, torch.float32, "cpu", "torch", 1)
+FAMILY = LayerKind(8, 50, 10, torch.float32, "cpu", "torch", 1)
 # At 1, 4, 16, 64 and 256 tokens.
 COSTS = Costs(
     dense=(2.0, 2.0, 2.0, 8.0, 32.0),
@@ -69,8 +69,8 @@ def test_a_busy_moment_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
-    def count(family: Family) -> Costs:
-        measured.append(family)
+    def count(kind: LayerKind) -> Costs:
+        measured.append(kind)
         return COSTS
 
     monkeypatch.setattr(costs, "measure", count)
@@ -137,8 +137,8 @@ def test_every_part_of_a_family_has_costs_of_its_own(change: dict[str, object]) 
 
 def test_a_measurement() -> None:
     """On a layer large enough that more work takes longer."""
-    family = Family(128, 1024, 100, torch.float32, "cpu", "torch", torch.get_num_threads())
-    found = measure(family)
+    kind = LayerKind(128, 1024, 100, torch.float32, "cpu", "torch", torch.get_num_threads())
+    found = measure(kind)
     for seconds in (found.dense, found.masked, found.expert, found.routing):
         assert len(seconds) == len(TOKENS)
         assert all(value > 0 for value in seconds)

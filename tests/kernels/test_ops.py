@@ -23,7 +23,7 @@ from weaver.kernels.backends import (
     triton_forward,
     triton_slots,
 )
-from weaver.kernels.costs import Family, Workload
+from weaver.kernels.costs import LayerKind, Workload
 from weaver.kernels.cpu import build
 from weaver.kernels.cpu import op as native
 from weaver.kernels.ops import (
@@ -45,39 +45,39 @@ def first_experts(tokens: int, top_k: int, experts: int) -> Routing:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Family]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LayerKind]]:
     """Families whose costs were asked for; grouping pays where a token has one expert."""
-    families: list[Family] = []
+    kinds: list[LayerKind] = []
 
-    def costs_of(family: Family) -> Any:
-        families.append(family)
+    def costs_of(kind: LayerKind) -> Any:
+        kinds.append(kind)
         return FakeCosts()
 
     class FakeCosts:
-        def faster(self, work: Workload, _family: Family) -> str:
+        def faster(self, work: Workload, _family: LayerKind) -> str:
             return "grouped" if work.num_pairs == work.num_tokens else "masked"
 
     monkeypatch.setattr(ops, "costs_of", costs_of)
     ops._path.cache_clear()
     monkeypatch.setattr(ops, "_warned", set())
-    yield families
+    yield kinds
     # What was answered here must not be looked up by other tests.
     ops._path.cache_clear()
 
 
-def test_the_costs_of_the_layers_family_decide(asked: list[Family]) -> None:
+def test_the_costs_of_the_layers_family_decide(asked: list[LayerKind]) -> None:
     weights = GluWeights(LARGE, LARGE, LARGE, "silu")
     assert choose_path(weights, first_experts(10, 1, 4), 112, "native") == "grouped"
     assert choose_path(weights, first_experts(10, 2, 4), 112, "native") == "masked"
     threads = torch.get_num_threads()
-    expected = Family(256, 512, 100, torch.float32, "meta", "native", threads)
+    expected = LayerKind(256, 512, 100, torch.float32, "meta", "native", threads)
     assert asked == [expected, expected]
     # An answer is looked up the second time.
     choose_path(weights, first_experts(10, 2, 4), 112, "native")
     assert len(asked) == 2
 
 
-def test_a_layer_too_small_to_gain_is_masked_unmeasured(asked: list[Family]) -> None:
+def test_a_layer_too_small_to_gain_is_masked_unmeasured(asked: list[LayerKind]) -> None:
     matrix_FD = torch.empty(511, 256, device="meta")
     weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
     assert choose_path(weights, first_experts(10, 1, 5), 1, "torch") == "masked"
@@ -85,7 +85,7 @@ def test_a_layer_too_small_to_gain_is_masked_unmeasured(asked: list[Family]) -> 
 
 
 def test_that_nothing_is_skipped_is_said_once(
-    asked: list[Family], caplog: pytest.LogCaptureFixture
+    asked: list[LayerKind], caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = GluWeights(LARGE, LARGE, LARGE, "silu")
     with caplog.at_level(logging.WARNING):
@@ -217,7 +217,7 @@ ROUTED = [
 @pytest.mark.parametrize("neurons", [512, 48])
 def test_a_layer_is_its_routing_and_its_experts(
     make_ffn: Any,
-    asked: list[Family],
+    asked: list[LayerKind],
     kind: RouterKind,
     selection: Selection,
     weighting: Weighting,
@@ -247,7 +247,7 @@ def test_a_layer_is_its_routing_and_its_experts(
 )
 def test_a_few_tokens_are_decoded_in_one_call(
     make_ffn: Any,
-    asked: list[Family],
+    asked: list[LayerKind],
     monkeypatch: pytest.MonkeyPatch,
     tokens: int,
     neurons: int,
@@ -282,7 +282,7 @@ def test_a_few_tokens_are_decoded_in_one_call(
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_on_a_gpu_slots_go_to_the_kernels(
     make_ffn: Any,
-    asked: list[Family],
+    asked: list[LayerKind],
     monkeypatch: pytest.MonkeyPatch,
     kind: RouterKind,
     selection: Selection,
@@ -314,4 +314,4 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
     slots = 1 if selection == "top-k" else 4
     assert shapes == ([(tokens, slots)] if top_k == 1 else [])
-    assert asked[0] == Family(16, 34, 6, torch.float32, "cpu", "triton", torch.get_num_threads())
+    assert asked[0] == LayerKind(16, 34, 6, torch.float32, "cpu", "triton", torch.get_num_threads())

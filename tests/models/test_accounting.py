@@ -22,7 +22,7 @@ from tiny_conversions import (
 from tiny_models import TINY
 
 from weaver.artifacts.types import ROUTER_KINDS, Compensation, Router, RouterKind
-from weaver.models.accounting import DenseFfn, LayerShape, ModelAccount
+from weaver.models.accounting import DenseFfnSize, LayerShape, ModelAccount
 
 # D = 4: S = 2 shared neurons, E = 3 experts of N = 5, K = 1.
 SHAPE = LayerShape(2, 3, 5, 1, "linear")
@@ -244,7 +244,7 @@ def test_experts_before_the_conversion_count_with_their_share_of_the_tokens() ->
         6,
         1000,
         [LayerShape(6), split, split],
-        sites=[DenseFfn(LayerShape(6)), *[DenseFfn(LayerShape(4), 0.5)] * 2],
+        sites=[DenseFfnSize(LayerShape(6)), *[DenseFfnSize(LayerShape(4), 0.5)] * 2],
         outer_flops=8,
     )
     router = 2 * 2 + 2

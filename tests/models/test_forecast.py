@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weaver.kernels.costs import Costs, Family
+from weaver.kernels.costs import Costs, LayerKind
 from weaver.models import forecast
 from weaver.models.accounting import LayerShape
 from weaver.models.forecast import predicted_seconds, predicted_speedup
@@ -21,11 +21,11 @@ STATIC = LayerShape(25)
 
 
 @pytest.fixture(autouse=True)
-def families(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
-    asked: list[Family] = []
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[LayerKind]:
+    asked: list[LayerKind] = []
 
-    def costs_of(family: Family) -> Costs:
-        asked.append(family)
+    def costs_of(kind: LayerKind) -> Costs:
+        asked.append(kind)
         return COSTS
 
     monkeypatch.setattr(forecast, "costs_of", costs_of)
@@ -36,7 +36,7 @@ def seconds(shape: LayerShape, tokens: int) -> tuple[float, float]:
     return predicted_seconds(shape, 8, 50, torch.float32, tokens)
 
 
-def test_seconds_of_a_layer(families: list[Family]) -> None:
+def test_seconds_of_a_layer(kinds: list[LayerKind]) -> None:
     # One token: shared 2 * 10 / 50, one expert 0.5, the router 0.1.
     assert seconds(ROUTED, 1) == pytest.approx((2.0, 1.0))
     # 16 tokens: shared 4 * 10 / 50, 4 experts with 4 tokens each at 0.5.
@@ -44,9 +44,9 @@ def test_seconds_of_a_layer(families: list[Family]) -> None:
     # Half of the neurons, nothing to route.
     assert seconds(STATIC, 16) == pytest.approx((2.0, 2.0))
     threads = torch.get_num_threads()
-    routed = Family(8, 50, 10, torch.float32, "cpu", "torch", threads)
-    static = Family(8, 50, 50, torch.float32, "cpu", "torch", threads)
-    assert families == [routed, routed, static]
+    routed = LayerKind(8, 50, 10, torch.float32, "cpu", "torch", threads)
+    static = LayerKind(8, 50, 50, torch.float32, "cpu", "torch", threads)
+    assert kinds == [routed, routed, static]
 
 
 def test_speedup_of_several_layers() -> None:
@@ -54,8 +54,11 @@ def test_speedup_of_several_layers() -> None:
     assert found == pytest.approx(4.0 / 4.9)
 
 
-def test_experts_that_overlap_are_timed_as_they_are_stored(families: list[Family]) -> None:
+def test_experts_that_overlap_are_timed_as_they_are_stored(kinds: list[LayerKind]) -> None:
     """The dense layer has 50 neurons, the converted one 6 * 20."""
     shape = LayerShape(0, 6, 20, 1, "linear", weighting="softmax")
     assert seconds(shape, 1) == pytest.approx((2.0, 0.6))
-    assert [(family.neurons, family.width) for family in families] == [(50, 20), (120, 20)]
+    assert [(kind.neurons, kind.width) for kind in kinds] == [
+        (50, 20),
+        (120, 20),
+    ]

@@ -15,10 +15,10 @@ from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.config.sections import AssembleConfig, ModelConfig
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.moe import MoEFeedForward
+from weaver.rundir.inputs import COMPENSATION_FOLDER, read_compensation
+from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.assemble import assemble
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import COMPENSATION_FOLDER, read_compensation
-from weaver.stages.runner import StageContext
 
 
 def test_intercepts_and_compensations_become_part_of_the_model(

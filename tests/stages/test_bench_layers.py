@@ -18,11 +18,11 @@ from weaver.evaluation import layers
 from weaver.evaluation.layers import LayerCase
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
+from weaver.rundir.converted_model import open_converted
+from weaver.rundir.stage_run import StageContext
 from weaver.stages import bench_layers
 from weaver.stages.bench import prompt
 from weaver.stages.bench_layers import LayerSize, bench_run, bench_size
-from weaver.stages.converted import open_converted
-from weaver.stages.runner import StageContext
 
 CONFIG = BenchConfig(tokens=(1, 6), repeats=1, warmup=0)
 

@@ -12,8 +12,8 @@ from tiny_runs import add_to_stage, read_results, run_config, run_stages
 from weaver.artifacts.results import EvalResult
 from weaver.artifacts.types import FIRST_TOKENS
 from weaver.config.sections import EvalConfig
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.evaluate import evaluate
-from weaver.stages.runner import StageContext
 
 HIDDEN = 32
 

@@ -19,8 +19,8 @@ from weaver.artifacts.verification import Verification
 from weaver.config.sections import ExportConfig, VerifyConfig
 from weaver.errors import WeaverError
 from weaver.export.fresh import fresh_model
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.export import export, plan_export
-from weaver.stages.runner import StageContext
 from weaver.stages.verify import verify
 
 TEXT = VerifyConfig(tokens=128, sequence_length=64, new_tokens=8)

@@ -11,8 +11,7 @@ from tiny_runs import run_config, run_stages
 from weaver.artifacts.manifest import read_manifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import LayerProfile
-from weaver.stages.calibrate import HELD_OUT_FILE, read_held_out, read_packed_tokens
-from weaver.stages.parents import open_calibration
+from weaver.rundir.inputs import HELD_OUT_FILE, open_calibration, read_held_out, read_packed_tokens
 
 
 def test_a_profile_has_the_moments_of_every_group(tiny_llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from weaver.artifacts.types import ExpertLayout, Router
 from weaver.errors import WeaverError
 from weaver.models.accounting import LayerShape
 from weaver.models.forecast import predicted_speedup
-from weaver.stages.finished import layer_path
+from weaver.rundir.stage_folders import layer_path
 
 
 @pytest.mark.parametrize(

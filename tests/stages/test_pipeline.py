@@ -18,8 +18,8 @@ from weaver.artifacts.types import ExpertLayout, Router
 from weaver.errors import WeaverError
 from weaver.methods.registry import METHODS
 from weaver.methods.routers import ROUTERS
-from weaver.stages.finished import STAGE_FOLDERS, layer_path
-from weaver.stages.inspection import inspect_run
+from weaver.rundir.inspection import inspect_run
+from weaver.rundir.stage_folders import STAGE_FOLDERS, layer_path
 
 LAYERS, NEURONS = 4, 64
 
@@ -109,7 +109,7 @@ def test_the_router_is_chosen_independently_of_the_method(
     for router in ROUTERS:
         config = run_config(
             tiny_llama,
-            partition=_partition(method, sequential=False, propagate={"kind": "mean-gate"}),
+            partition=_partition(method, sequential=False),
             router={"kind": router},
         )
         run_dir = tmp_path / router

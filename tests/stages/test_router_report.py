@@ -19,8 +19,8 @@ from weaver.data.packing import windows
 from weaver.data.sources import read_documents
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.router_report import half_profiles, open_report
-from weaver.stages.runner import StageContext
 
 LAYERS = 4
 FIDELITY = ("oracle_agreement", "chance_agreement", "captured_contribution")

@@ -21,11 +21,11 @@ from weaver.evaluation.smoke import smoke_windows
 from weaver.models.accounting import ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.loading import load_model
+from weaver.rundir.inputs import COMPENSATION_FOLDER
+from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext
 from weaver.stages import smoke
 from weaver.stages.assemble import assemble
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import COMPENSATION_FOLDER
-from weaver.stages.runner import StageContext
 from weaver.stages.smoke import memory_needed
 
 

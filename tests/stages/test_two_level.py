@@ -24,20 +24,26 @@ from transformers import AutoModelForCausalLM
 
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import ExpertLayout, LayerProfile
-from weaver.config.sections import BenchConfig, CalibrateConfig, EvalConfig, ModelConfig
+from weaver.config.sections import (
+    BenchConfig,
+    CalibrateConfig,
+    EvalConfig,
+    ModelConfig,
+    RouterConfig,
+)
+from weaver.conversion.pareto import forecast_layouts
+from weaver.conversion.profiling import ExpertInputs, Profiler
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
 from weaver.kernels.reference import Routing
 from weaver.models.checkpoint import Checkpoint
+from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext
 from weaver.stages import calibrate as calibrate_stage
 from weaver.stages import partition as partition_stage
 from weaver.stages.bench_layers import bench_run
 from weaver.stages.estimate import estimate
 from weaver.stages.evaluate import evaluate
-from weaver.stages.finished import layer_path
-from weaver.stages.pareto import forecast_layouts
-from weaver.stages.profiling import ExpertInputs, Profiler
-from weaver.stages.runner import StageContext
 
 TOKENS = 1024
 # Of the tiny qwen3_moe: the dense FFN of the first layer, and the four experts of the second.
@@ -244,16 +250,18 @@ def test_a_model_that_weaver_made_is_converted_again(tiny_llama: Path, tmp_path:
 def test_budgets_of_experts_are_refused(run_dir: Path, tmp_path: Path, allocation: str) -> None:
     config = moe_config(tmp_path, method="cmoe", allocation=allocation).partition
     with pytest.raises(WeaverError, match=f"--allocation {allocation} of a Mixture-of-Experts"):
-        partition_stage.partition(StageContext(tmp_path), config, run_dir / "calibrate")
+        partition_stage.partition(
+            StageContext(tmp_path), config, RouterConfig(), run_dir / "calibrate"
+        )
 
 
 def test_what_compares_layers_is_refused(run_dir: Path, tmp_path: Path) -> None:
     config = moe_config(tmp_path, method="cmoe").partition
-    with pytest.raises(WeaverError, match="--pareto of a Mixture-of-Experts model"):
-        forecast_layouts(StageContext(tmp_path), config, run_dir / "calibrate")
+    with pytest.raises(WeaverError, match="pareto of a Mixture-of-Experts model"):
+        forecast_layouts(StageContext(tmp_path), config, RouterConfig(), run_dir / "calibrate")
     with pytest.raises(WeaverError, match="eval --router of a Mixture-of-Experts model"):
         evaluate(StageContext(run_dir), EvalConfig(router=True))
-    with pytest.raises(WeaverError, match="bench --level layer of a model with two levels"):
+    with pytest.raises(WeaverError, match="bench-layer of a model with two levels"):
         bench_run(StageContext(run_dir), BenchConfig(), [], "layer", "real")
 
 

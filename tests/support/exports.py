@@ -21,7 +21,7 @@ from weaver.export.attention import save_config
 from weaver.export.base import Source, StockModel, Target
 from weaver.export.features import approximated
 from weaver.models.checkpoint import Checkpoint
-from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+from weaver.models.converted_folder import ConvertedCheckpoint, ConvertedLayer
 from weaver.models.writing import write_shards
 
 # Shared neurons, experts, width and top-k per layer: 48 neurons split alike, and not alike.

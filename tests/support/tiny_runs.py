@@ -29,9 +29,9 @@ from weaver.artifacts.manifest import (
 from weaver.artifacts.store import file_digest
 from weaver.cli.app import main
 from weaver.config.loading import RunConfig, parse_config
-from weaver.stages.finished import STAGE_FOLDERS
+from weaver.rundir.stage_folders import STAGE_FOLDERS
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.pipeline import run_pipeline, stage_calls
-from weaver.stages.runner import StageContext
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "calibrate": {"tokens": 512, "sequence_length": 64},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from weaver.cli import (
     finetune,
     generate,
     inspect,
+    pareto,
     partition,
     run,
     verify,
@@ -35,6 +37,12 @@ INTERRUPTED = 130
 
 class WeaverGroup(TyperGroup):
     """Turns ``WeaverError`` into three lines and exit code 1; usage errors keep exit code 2."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the subcommand; ``bench --level layer`` is ``bench-layer``, for scripts."""
+        if args[:1] == ["bench"] and any(arg.split("=")[0] == "--level" for arg in args):
+            args = ["bench-layer", *args[1:]]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
@@ -108,22 +116,29 @@ def root(
     """Turn dense GLU language models into Mixture-of-Experts models, without training."""
 
 
-for _module in (
-    calibrate,
-    partition,
-    build_router,
-    assemble,
-    finetune,
-    evaluate,
-    bench,
-    convert,
-    run,
-    generate,
-    export,
-    verify,
-    inspect,
-):
-    _module.add_to(app)
+# Groups of the help, in its order, with their subcommands.
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Stages": {
+        "calibrate": calibrate.calibrate,
+        "partition": partition.partition,
+        "build-router": build_router.build_router,
+        "assemble": assemble.assemble,
+        "finetune": finetune.finetune,
+        "eval": evaluate.evaluate,
+        "bench": bench.bench,
+    },
+    "From start to end": {"convert": convert.convert, "run": run.run},
+    "Converted models": {
+        "generate": generate.generate,
+        "export": export.export,
+        "verify": verify.verify,
+        "inspect": inspect.inspect,
+    },
+    "Before deciding": {"pareto": pareto.pareto, "bench-layer": bench.bench_layer},
+}
+for _group, _commands in GROUPS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_group)(_command)
 
 
 def main() -> None:

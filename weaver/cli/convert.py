@@ -17,9 +17,10 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file or hub name.")],
     out: Annotated[Path, typer.Argument(help="Run directory; the model is its folder model.")],
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of FFN neurons that a token skips. [default: 0.25]")
+        float | None,
+        typer.Option(help="FFN neurons that a token skips, a share. \\[default: 0.25]"),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Conversion method. [default: weave]")] = None,
+    method: Annotated[str | None, typer.Option(help="Method. \\[default: weave]")] = None,
     data: Data = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
     dtype: Annotated[
@@ -50,8 +51,3 @@ def convert(
     )
     console.print(f"model: {out / 'model'}", markup=False)
     console.print(f'try it: weaver generate {out} "The whale"', markup=False)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the subcommand."""
-    app.command("convert", rich_help_panel="From start to end")(convert)

@@ -31,9 +31,9 @@ def generate(
     ] = 0.0,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Nucleus probability (top-p). [default: 1]"),
+        typer.Option(min=0.0, max=1.0, help="Nucleus probability (top-p). \\[default: 1]"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Sampling seed. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed. \\[default: 0]")] = None,
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the weights; auto as stored.")
     ] = "auto",
@@ -98,8 +98,3 @@ def _report(written: Generated, *, greedy: bool) -> None:
             f"[yellow]degenerate: {written.problem}[/yellow]; {advice}"
             "see whether the dense model does so too"
         )
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the subcommand."""
-    app.command("generate", rich_help_panel="Converted models")(generate)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from weaver.cli.levels import show_levels
 from weaver.cli.session import console
 from weaver.cli.show import show_states
+from weaver.cli.show_two_level import show_levels
 
 
 def inspect(
@@ -19,15 +19,10 @@ def inspect(
     ] = False,
 ) -> None:
     """Show what a run directory holds, with digests, times and memory."""
-    from weaver.stages.inspection import inspect_run
+    from weaver.rundir.inspection import inspect_run
 
     states = inspect_run(run_dir, verify=verify)
     show_states(console, states)
     show_levels(console, states)
     if any(state.state == "damaged" for state in states):
         raise typer.Exit(1)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the subcommand."""
-    app.command("inspect", rich_help_panel="Converted models")(inspect)

@@ -59,8 +59,3 @@ def _show_dry_run(settings: RunConfig, plan: list[PlannedStage]) -> None:
     show_plan(console, plan, estimate(settings, Checkpoint(settings.model)))
     if any(stage.status == "refuse" for stage in plan):
         raise typer.Exit(1)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the subcommand."""
-    app.command("run", rich_help_panel="From start to end")(run)

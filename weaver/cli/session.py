@@ -13,7 +13,7 @@ from weaver.cli.show import show_manifest
 
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
-    from weaver.stages.runner import StageContext
+    from weaver.rundir.stage_run import StageContext
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -23,7 +23,7 @@ def make_context(
 ) -> StageContext:
     """The context of a command on this console."""
     from weaver.report.progress import stage_progress
-    from weaver.stages.runner import StageContext
+    from weaver.rundir.stage_run import StageContext
 
     quiet_libraries()
     if is_follower():
@@ -53,8 +53,8 @@ def run_stage(
         call: runs it.
         folder: the stage's folder, where it is not the one in the run directory.
     """
+    from weaver.rundir.stage_run import WouldRun
     from weaver.stages.pipeline import run_pipeline
-    from weaver.stages.runner import WouldRun
 
     if context.dry_run:
         try:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from weaver.cli.levels import by_level
 from weaver.cli.show_speeds import show_bench
+from weaver.cli.show_two_level import by_level
 from weaver.report.affinity_table import affinity_experts, affinity_table
 from weaver.report.comparison import HEADERS, comparison_rows
 from weaver.report.tables import (
@@ -25,8 +25,8 @@ from weaver.report.tables import (
 
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
+    from weaver.rundir.inspection import StageState
     from weaver.stages.estimate import Estimate
-    from weaver.stages.inspection import StageState
     from weaver.stages.pipeline import PlannedStage
 
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from weaver.config.sections import Section
+from weaver.config.sections import DATA, WINDOW, Section
 
 
 class AdapterConfig(Section):
@@ -33,15 +33,19 @@ class PhaseConfig(Section):
     weights. ``balance_loss`` is the factor of the loss that evens the experts' loads out.
     """
 
-    trainable: Literal["all", "router", "lora"] = "all"
+    trainable: Literal["all", "router", "lora"] = Field(
+        "all", description="All weights, the routers alone, or low-rank adapters."
+    )
     lora: AdapterConfig | None = None
-    objective: Literal["distill", "next-token"] = "distill"
+    objective: Literal["distill", "next-token"] = Field(
+        "distill", description="Learn the dense model's predictions, or the text's next token."
+    )
     distill_weight: float | None = Field(None, gt=0, le=1)
-    steps: int = Field(50, gt=0)
+    steps: int = Field(50, gt=0, description="Optimiser steps.")
     tokens: int | None = Field(None, gt=0)
-    batch_size: int = Field(4, gt=0)
-    sequence_length: int = Field(256, gt=1)
-    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(4, gt=0, description="Windows per step.")
+    sequence_length: int = Field(256, gt=1, description=WINDOW)
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     router_scale_learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(5, ge=0)
@@ -92,8 +96,10 @@ class FinetuneConfig(PhaseConfig):
     products; "auto" is bfloat16 where the device is fast at it. Weights are trained in float32.
     """
 
-    data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1)
-    preset: Literal["cmoe-2k", "distill-2k", "dive", "downcycle"] | None = None
+    data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1, description=DATA)
+    preset: Literal["cmoe-2k", "distill-2k", "dive", "downcycle"] | None = Field(
+        None, description="Phases that are known to work; other flags replace their values."
+    )
     phases: tuple[PhaseConfig, ...] | None = Field(None, min_length=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_data: tuple[str, ...] | None = Field(None, min_length=1)
@@ -102,7 +108,7 @@ class FinetuneConfig(PhaseConfig):
     evaluate_every: int = Field(10, gt=0)
     best_by: Literal["kl", "perplexity"] = "kl"
     patience: int | None = Field(None, gt=0)
-    checkpoint_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(10, gt=0, description="Steps between checkpoints.")
 
     @model_validator(mode="after")
     def _one_source_of_phases(self) -> Self:

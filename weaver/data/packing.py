@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weaver.artifacts.record import TensorRecord
-from weaver.data.sources import DataSpec, Document, read_documents
+from weaver.data.sources import DataSpec, Document, parse_data_spec, read_documents
 from weaver.errors import WeaverError
 
 if TYPE_CHECKING:
@@ -126,6 +126,27 @@ def pack(
         samples += taken
     random.Random(seed).shuffle(samples)
     return _to_windows(samples, sequence_length)
+
+
+def read_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    limit: int | None,
+    data_dir: Path | None = None,
+) -> Tensor:
+    """The windows of texts that are named as ``--data`` names them; see ``windows``.
+
+    Raises:
+        WeaverError: no such text, or it is shorter than one window.
+    """
+    documents = [
+        document
+        for text in texts
+        for document in read_documents(parse_data_spec(text).location, data_dir)
+    ]
+    return windows(documents, tokenizer, sequence_length=sequence_length, limit=limit)
 
 
 def windows(

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from weaver.errors import WeaverError
-from weaver.models import head
+from weaver.models import output_head
 
 # exp(700) is the last power that float64 holds with room to spare.
 MAX_NLL = 700.0
 
 # Nothing that is measured needs a graph.
-final_hidden = torch.no_grad()(head.final_hidden)
-project = torch.no_grad()(head.project)
+final_hidden = torch.no_grad()(output_head.final_hidden)
+project = torch.no_grad()(output_head.project)
 
 
 @torch.no_grad()  # a decorator: a ``with`` around ``yield`` would leak into the consumer
@@ -34,7 +34,7 @@ def chunked_logits(
     Raises:
         ValueError: ``chunk`` is not positive, or the window is not one-dimensional.
     """
-    chunk = head.chunk_tokens(model) if chunk is None else chunk
+    chunk = output_head.chunk_tokens(model) if chunk is None else chunk
     if chunk < 1 or input_ids_T.ndim != 1:
         raise ValueError(f"chunk={chunk}, window of shape {tuple(input_ids_T.shape)}")
     hidden_TD = final_hidden(model, input_ids_T[None])[0]

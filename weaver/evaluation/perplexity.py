@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from weaver.errors import WeaverError
 from weaver.evaluation.logits import chunked_logits, require_usable
-from weaver.models.head import chunk_tokens
+from weaver.models.output_head import chunk_tokens
 
 OnWindow = Callable[[int], None]
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.errors import WeaverError
 from weaver.evaluation.logits import final_hidden, project, require_usable
-from weaver.models.head import chunk_tokens
+from weaver.models.output_head import chunk_tokens
 
 # Longer packs save calls, but the masked attention between questions is wasted work that grows
 # with the square of the pack.

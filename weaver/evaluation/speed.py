@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weaver.artifacts.bench_results import BenchHeader, BenchLevel, BenchRouting, BenchRow
+from weaver.artifacts.dtypes import dtype_name
 from weaver.kernels.machine import cpu_mhz, cpu_name
 from weaver.kernels.timing import Timing, interleave
 
@@ -108,7 +109,7 @@ def device_header(
     return BenchHeader(
         device=torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
         threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         versions={
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers")},

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from weaver.artifacts.store import read_json, write_json
 from weaver.export.base import Obstacle
-from weaver.models.converted import ConvertedCheckpoint
+from weaver.models.converted_folder import ConvertedCheckpoint
 from weaver.models.writing import Part
 
 # Families whose decoder layer is norm, attention, residual, norm, FFN, residual, with separate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+from weaver.models.converted_folder import ConvertedCheckpoint, ConvertedLayer
 from weaver.models.writing import Part
 
 # Experts of the stock model that stand for none of the converted one's.

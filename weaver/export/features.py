@@ -11,7 +11,7 @@ from weaver.algorithms.ridge import ridge_fit
 from weaver.artifacts.types import Router
 from weaver.export.base import Obstacle
 from weaver.kernels.reference import ExpertChoice, route, router_logits
-from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+from weaver.models.converted_folder import ConvertedCheckpoint, ConvertedLayer
 
 # Of the regression that replaces a GLU router, see ``ridge_fit``.
 _PENALTY = 0.1

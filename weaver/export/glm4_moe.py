@@ -30,7 +30,7 @@ from weaver.export.base import ALWAYS, NEVER, Obstacle, Source, StockModel, Targ
 from weaver.export.features import ffn_obstacles
 from weaver.export.placement import Placement, blocks, padded, per_expert, place
 from weaver.kernels.reference import router_logits
-from weaver.models.converted import ConvertedCheckpoint
+from weaver.models.converted_folder import ConvertedCheckpoint
 from weaver.models.writing import Part
 
 # Standard deviation of the scaled logits of a token. Larger, and the sum is no longer unweighted;

@@ -30,7 +30,7 @@ from weaver.export.attention import (
 from weaver.export.base import Obstacle, Source, StockModel, Target
 from weaver.export.features import ffn_obstacles
 from weaver.models.accounting import LayerShape
-from weaver.models.converted import ConvertedCheckpoint
+from weaver.models.converted_folder import ConvertedCheckpoint
 from weaver.models.writing import Part
 
 # exp(2^-40 * dz) is 1 in float32 for all logits that a router gives.

@@ -7,7 +7,7 @@ import torch
 from weaver.errors import WeaverError
 from weaver.export import glm4_moe, granite_moe_shared
 from weaver.export.base import Obstacle, Target
-from weaver.models.converted import ConvertedCheckpoint
+from weaver.models.converted_folder import ConvertedCheckpoint
 
 # Granite's sum is exact bit for bit, but it holds less and fewer runtimes have it.
 TARGETS: dict[str, Target] = {

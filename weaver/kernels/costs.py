@@ -1,7 +1,7 @@
 """Seconds of the MoE FFN on this machine, measured once per kind of layer and kept in a file.
 
 Which path is faster depends on the processor, the dtype, the sizes and the number of threads, and
-no formula says it well. So a kind of layer (``Family``) is timed when it is first met, at a few
+no formula says it well. So a kind of layer (``LayerKind``) is timed when it is first met, at a few
 numbers of tokens; what a call will cost is interpolated. The times are kept in a file, so that the
 choice made from them, and with it every bit of the output, stays the same from run to run.
 """
@@ -34,7 +34,7 @@ from weaver.kernels.machine import cpu_name
 from weaver.kernels.reference import ExpertChoice, Routing
 from weaver.kernels.timing import interleave
 
-# Tokens at which a family is timed; times in between are interpolated, beyond extrapolated.
+# Tokens at which a kind of layer is timed; times in between are interpolated, beyond extrapolated.
 TOKENS = (1, 4, 16, 64, 256)
 REPEATS = 11
 
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Family:
+class LayerKind:
     """Layers that cost the same: all that matters but the split into shared and routed neurons.
 
     Args:
@@ -73,7 +73,7 @@ class Family:
 
 
 class Workload(NamedTuple):
-    """One call on a layer of a family.
+    """One call on one layer of a kind.
 
     Args:
         num_shared: S.
@@ -90,7 +90,7 @@ class Workload(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that were measured for a family, at each of ``TOKENS``: the best of ``REPEATS`` runs.
+    """Measured seconds of a kind of layer at each of ``TOKENS``: the best of ``REPEATS`` runs.
 
     Other work on the machine makes a run longer, never shorter, and these times are kept: a median
     that was taken in a busy minute has predicted speed-ups that no machine could reach.
@@ -108,7 +108,7 @@ class Costs:
     expert: tuple[float, ...]
     routing: tuple[float, ...]
 
-    def seconds(self, work: Workload, family: Family, path: Path) -> float:
+    def seconds(self, work: Workload, kind: LayerKind, path: Path) -> float:
         """Predicted seconds of one call, the router left out.
 
         masked: ``t_masked(T)``. grouped: ``t_masked(T) S / F' + U t_expert(P / U)`` with
@@ -118,12 +118,12 @@ class Costs:
         if path == "masked":
             return masked
         used = min(work.num_experts, work.num_pairs)
-        shared = masked * work.num_shared / family.neurons
+        shared = masked * work.num_shared / kind.neurons
         return shared + (used * self.at(self.expert, work.num_pairs / used) if used else 0.0)
 
-    def faster(self, work: Workload, family: Family) -> Path:
+    def faster(self, work: Workload, kind: LayerKind) -> Path:
         """The path that is predicted to be faster."""
-        grouped, masked = (self.seconds(work, family, path) for path in ("grouped", "masked"))
+        grouped, masked = (self.seconds(work, kind, path) for path in ("grouped", "masked"))
         return "grouped" if grouped < masked else "masked"
 
     @staticmethod
@@ -136,17 +136,17 @@ class Costs:
 
 
 @cache
-def costs_of(family: Family) -> Costs:
-    """The costs of a family: read, or measured and written while other processes wait for them.
+def costs_of(kind: LayerKind) -> Costs:
+    """The costs of a kind of layer: read, or measured while other processes wait, and written.
 
     Where the cache cannot be written they hold for this process alone, and a warning says so.
     """
     try:
         with cache_lock("costs"):
-            found = _read(family.file)
+            found = _read(kind.file)
             if found is None:
-                found = measure(family)
-                write_json(family.file, {"family": str(family), **asdict(found)})
+                found = measure(kind)
+                write_json(kind.file, {"kind": str(kind), **asdict(found)})
             return found
     except (OSError, WeaverError) as error:
         _log.warning(
@@ -154,7 +154,7 @@ def costs_of(family: Family) -> Costs:
             "last bits. To keep them, set WEAVER_CACHE to a folder that can be written.",
             error,
         )
-        return measure(family)
+        return measure(kind)
 
 
 def _read(file: FilePath) -> Costs | None:
@@ -167,16 +167,16 @@ def _read(file: FilePath) -> Costs | None:
 
 
 @torch.no_grad()
-def measure(family: Family) -> Costs:
-    """Time a family on a layer of constants: how long a product takes does not depend on values."""
-    device, sizes = torch.device(family.device), (family.neurons, family.hidden_size)
-    matrix_FD = torch.full(sizes, 0.01, dtype=family.dtype, device=device)
+def measure(kind: LayerKind) -> Costs:
+    """Time a layer of a kind, filled with constants: times do not depend on values."""
+    device, sizes = torch.device(kind.device), (kind.neurons, kind.hidden_size)
+    matrix_FD = torch.full(sizes, 0.01, dtype=kind.dtype, device=device)
     gate_FD, up_FD, down_FD = matrix_FD, matrix_FD.clone(), matrix_FD.clone()
     down_DF = matrix_FD.t().contiguous()
     weights = GluWeights(gate_FD, up_FD, down_FD, "silu")
-    experts = family.neurons // family.width
-    shared = family.neurons - experts * family.width
-    routed = slice_neurons(weights, shared, family.neurons)
+    experts = kind.neurons // kind.width
+    shared = kind.neurons - experts * kind.width
+    routed = slice_neurons(weights, shared, kind.neurons)
     half_of_them = ExpertChoice(max(1, experts // 2))
     router = Router(
         kind="linear",
@@ -184,10 +184,10 @@ def measure(family: Family) -> Costs:
         scale_E=torch.zeros(experts, device=device),
         balance_bias_E=torch.zeros(experts, device=device),
     )
-    chosen = forwards(family.backend)
+    chosen = forwards(kind.backend)
     seconds: dict[str, list[float]] = {"dense": [], "masked": [], "expert": [], "routing": []}
     for tokens in TOKENS:
-        x_TD = torch.full((tokens, family.hidden_size), 0.01, dtype=family.dtype, device=device)
+        x_TD = torch.full((tokens, kind.hidden_size), 0.01, dtype=kind.dtype, device=device)
         twice_TD = torch.cat([x_TD, x_TD])
         every, half = (_routing(count, tokens, experts, device) for count in (tokens, 2 * tokens))
 

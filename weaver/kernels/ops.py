@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.types import Router
 from weaver.kernels.backends import (
     SMALL,
@@ -18,7 +19,7 @@ from weaver.kernels.backends import (
     forwards,
     triton_slots,
 )
-from weaver.kernels.costs import Family, Workload, costs_of
+from weaver.kernels.costs import LayerKind, Workload, costs_of
 from weaver.kernels.cpu import op as native
 from weaver.kernels.reference import ExpertChoice, Routing, route_slots
 
@@ -113,7 +114,7 @@ def _path(
     backend: Backend,
     threads: int,
 ) -> Path:
-    family = Family(
+    kind = LayerKind(
         hidden_size=hidden,
         neurons=neurons,
         width=(neurons - work.num_shared) // work.num_experts,
@@ -122,25 +123,25 @@ def _path(
         backend=backend,
         threads=threads,
     )
-    path = costs_of(family).faster(work, family)
+    path = costs_of(kind).faster(work, kind)
     if path == "masked" and work.num_pairs < work.num_tokens * work.num_experts:
-        _say_masked(family, work.num_tokens)
+        _say_masked(kind, work.num_tokens)
     return path
 
 
 # Families already warned about.
-_warned: set[Family] = set()
+_warned: set[LayerKind] = set()
 
 
-def _say_masked(family: Family, tokens: int) -> None:
-    if family in _warned:
+def _say_masked(kind: LayerKind, tokens: int) -> None:
+    if kind in _warned:
         return
-    _warned.add(family)
+    _warned.add(kind)
     _log.warning(
         "Experts of %d x %d in %s: at %d tokens computing all of them is predicted to be faster "
         "than grouping tokens by expert, and is what is done.",
-        family.width,
-        family.hidden_size,
-        str(family.dtype).removeprefix("torch."),
+        kind.width,
+        kind.hidden_size,
+        dtype_name(kind.dtype),
         tokens,
     )

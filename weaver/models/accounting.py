@@ -176,7 +176,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class DenseFfn:
+class DenseFfnSize:
     """One FFN before the conversion.
 
     Args:
@@ -193,7 +193,7 @@ class DenseFfn:
 class ModelAccount:
     """Parameters, FLOPs and sparsity of a whole model before and after its conversion.
 
-    Sums over FFNs are weighted by ``DenseFfn.token_share``, so that what a token uses of two levels
+    Sums over FFNs are weighted by each FFN's ``token_share``: what a token uses of two levels
     of experts is the outer K times what it uses of one of their FFNs. Routers and shared experts
     that the model had before count on both sides.
 
@@ -215,7 +215,7 @@ class ModelAccount:
     dense_gate_bias: bool = False
     dense_up_bias: bool = False
     dense_output_bias: bool = False
-    sites: Sequence[DenseFfn] = ()
+    sites: Sequence[DenseFfnSize] = ()
     outer_flops: int = 0
 
     @property
@@ -229,9 +229,9 @@ class ModelAccount:
         )
 
     @property
-    def dense(self) -> Sequence[DenseFfn]:
+    def dense(self) -> Sequence[DenseFfnSize]:
         """Every FFN before the conversion."""
-        return self.sites or [DenseFfn(self.dense_layer)] * len(self.layers)
+        return self.sites or [DenseFfnSize(self.dense_layer)] * len(self.layers)
 
     def _weighted(self, value: Callable[[LayerShape], float], *, converted: bool) -> float:
         """Sum of a value over the FFNs, by the share of the tokens that reach them."""

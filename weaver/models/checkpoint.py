@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import ModelIdentity
 from weaver.artifacts.store import (
     canonical_json,
@@ -23,7 +24,7 @@ from weaver.artifacts.store import (
 )
 from weaver.config.sections import DtypeName, ModelConfig
 from weaver.errors import WeaverError
-from weaver.models.accounting import DenseFfn, LayerShape
+from weaver.models.accounting import DenseFfnSize, LayerShape
 from weaver.models.families import (
     CONVERTED_PREFIX,
     Family,
@@ -37,11 +38,6 @@ from weaver.models.locate import locate
 from weaver.models.sites import AnyShape, Site, layer_shapes
 from weaver.models.tensors import FLOAT32, TensorFiles, stored_dtype
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # Tensors that are no parameters.
 _BUFFERS = (FLOAT32, ".router.balance_bias")
 # Configuration entries that say where and by what it was read, not what the model is.
@@ -102,10 +98,11 @@ class Checkpoint(TensorFiles):
         """Size and biases of one FFN before the conversion, all of its neurons shared."""
         return self.ffns.dense_shape(self.sites[site])
 
-    def dense_ffns(self) -> list[DenseFfn]:
+    def dense_ffns(self) -> list[DenseFfnSize]:
         """Every FFN before the conversion, with the share of the tokens that reach it."""
         return [
-            DenseFfn(self.dense_shape(site.number), self.ffns.share(site)) for site in self.sites
+            DenseFfnSize(self.dense_shape(site.number), self.ffns.share(site))
+            for site in self.sites
         ]
 
     def outer_flops(self) -> int:

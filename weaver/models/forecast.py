@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from weaver.kernels.backends import cpu_backend
-from weaver.kernels.costs import Family, Workload, costs_of
+from weaver.kernels.costs import LayerKind, Workload, costs_of
 from weaver.models.accounting import LayerShape
 
 # Tokens in one forward at which speeds are predicted: decoding, and a prompt.
@@ -30,7 +30,7 @@ def predicted_seconds(
         dtype: of weights and inputs.
         tokens: T, tokens in one forward.
     """
-    family = Family(
+    kind = LayerKind(
         hidden_size=hidden_size,
         neurons=intermediate_size,
         width=shape.moe_intermediate_size or intermediate_size,
@@ -39,7 +39,7 @@ def predicted_seconds(
         backend=cpu_backend(intermediate_size * hidden_size, dtype),
         threads=torch.get_num_threads(),
     )
-    costs = costs_of(family)
+    costs = costs_of(kind)
     if not shape.n_routed_experts:
         masked = costs.at(costs.masked, tokens)
         return costs.at(costs.dense, tokens), masked * shape.num_shared_neurons / intermediate_size
@@ -48,9 +48,9 @@ def predicted_seconds(
     # Experts that overlap are stored with more neurons than the dense layer has.
     dense = costs.at(costs.dense, tokens)
     if shape.total_neurons > intermediate_size:
-        family = replace(family, neurons=shape.total_neurons)
-        costs = costs_of(family)
-    chosen = costs.seconds(work, family, costs.faster(work, family))
+        kind = replace(kind, neurons=shape.total_neurons)
+        costs = costs_of(kind)
+    chosen = costs.seconds(work, kind, costs.faster(work, kind))
     return dense, chosen + costs.at(costs.routing, tokens)
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.store import read_json, write_error
 from weaver.errors import WeaverError
 
@@ -96,7 +97,7 @@ def _source(gguf_path: Path, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "file": gguf_path.name,
         "bytes": gguf_path.stat().st_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,20 @@ from weaver.models.moe import MoEFeedForward
 from weaver.models.tensors import stored_dtype
 
 INDEX_FILE = "model.safetensors.index.json"
+# Files beside the weights that a converted model needs unchanged. A copy, since a tokenizer saved
+# by transformers holds how it was loaded (offline or not), which would change the digest.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -37,6 +52,13 @@ class Part:
     @property
     def size(self) -> int:
         return sum(self.sizes.values())
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer and the generation config of a model folder beside other weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def parse_size(text: str) -> int:

@@ -1,1 +1,1 @@
-"""One file per stage: load inputs, loop over layers, call the method, write artifacts."""
+"""One file per stage: load inputs, loop over layers, call the conversion, write artifacts."""

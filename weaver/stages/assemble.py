@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors
 from weaver.artifacts.types import ExpertLayout
@@ -18,30 +17,21 @@ from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import converted_config
 from weaver.models.moe import converted_tensors
-from weaver.models.writing import converted_parts, parse_size, plan_shards, write_shards
-from weaver.stages.card import write_card
-from weaver.stages.converted import account_of
-from weaver.stages.finished import parent
-from weaver.stages.parents import Partition, open_partition, read_compensation, read_router
-from weaver.stages.runner import StageContext, StageRun
+from weaver.models.writing import (
+    converted_parts,
+    copy_companions,
+    parse_size,
+    plan_shards,
+    write_shards,
+)
+from weaver.rundir.converted_model import account_of
+from weaver.rundir.inputs import Partition, open_partition, read_compensation, read_router
+from weaver.rundir.stage_folders import finished_stage
+from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.model_card import write_card
 from weaver.stages.smoke import smoke_test
 
 STAGE = "assemble"
-
-# The dense model's files that the converted one needs unchanged. They are copied: a tokenizer saved
-# by transformers holds how it was loaded (offline or not), which would change the digest.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
@@ -55,22 +45,22 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
         WeaverError: partition or build-router has not finished, or they do not belong together.
     """
     partition = open_partition(context.folder("partition"))
-    router_manifest, router_ref = parent(context.folder("build-router"), "build-router")
+    router_manifest, router_ref = finished_stage(context.folder("build-router"), "build-router")
     _check_same_partition(router_manifest, partition)
     checkpoint = partition.calibration.checkpoint
     dtype = checkpoint.resolve_dtype(config.dtype)
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_text = dtype_name(dtype)
     # The smoke test leaves what is written alone: it is no part of the fingerprint, and whether a
     # finished run has one does not matter when its configuration is compared.
     written = config.model_dump(mode="json", exclude={"smoke_test"})
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config={**written, "dtype": dtype_name},
+        config={**written, "dtype": dtype_text},
         inputs={"partition": partition.ref, "build-router": router_ref},
     )
     limit = parse_size(config.max_shard_size)
-    run = StageRun(context, request, partition.calibration.identity, dtype_name)
+    run = StageRun(context, request, partition.calibration.identity, dtype_text)
     if run.status == "skip":
         return run.skipped()
     run.begin()
@@ -92,7 +82,7 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     recipe = _recipe(partition, router_manifest, request)
     account = account_of(checkpoint, shapes)
     with disk_errors(run.folder):
-        _write_companions(run.folder, checkpoint, shapes, dtype_name, recipe)
+        _write_companions(run.folder, checkpoint, shapes, dtype_text, recipe)
     write_card(run.folder, account, recipe)
     tested = (
         smoke_test(context, run.folder, checkpoint, dtype, account) if config.smoke_test else None
@@ -146,11 +136,9 @@ def _write_companions(
     recipe: dict[str, Any],
 ) -> None:
     config = converted_config(checkpoint.config, checkpoint.layer_shapes(shapes), recipe)
-    config.dtype = getattr(torch, dtype)
+    config.dtype = DTYPES[dtype]
     config.save_pretrained(folder)
-    for name in COMPANIONS:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    copy_companions(checkpoint.folder, folder)
 
 
 def _summary(account: ModelAccount, partition: Partition) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from weaver.artifacts.bench_results import BenchResult, BenchRow
+from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest, peak_memory_bytes
 from weaver.artifacts.store import write_json, write_text
 from weaver.config.sections import BenchConfig
-from weaver.data.packing import windows
-from weaver.data.sources import read_documents
+from weaver.data.packing import read_windows
 from weaver.evaluation.speed import device_header, measure_decode, measure_prefill
 from weaver.report.plots import speedup_plot
-from weaver.stages.converted import ConvertedModel, open_converted
-from weaver.stages.runner import StageContext, StageRun
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_run import StageContext, StageRun
 
 STAGE = "bench"
 RESULTS = "results.json"
@@ -50,7 +50,7 @@ def bench(context: StageContext, config: BenchConfig, *, finetuned: bool = True)
         config=config.model_dump(mode="json"),
         inputs={converted.stage: converted.ref},
     )
-    run = StageRun(context, request, converted.manifest.model, str(dtype).removeprefix("torch."))
+    run = StageRun(context, request, converted.manifest.model, dtype_name(dtype))
     if run.status == "skip":
         return run.skipped()
     run.begin()
@@ -93,9 +93,8 @@ def _rows(
 
 
 def prompt(converted: ConvertedModel, tokens: int) -> Tensor:
-    documents = read_documents("builtin:held-out", None)
-    tokenizer = converted.dense.tokenizer()
-    windows_WT: Tensor = windows(documents, tokenizer, sequence_length=max(tokens, 2), limit=1)
+    text, length = ["builtin:held-out"], max(tokens, 2)
+    windows_WT = read_windows(text, converted.dense.tokenizer(), sequence_length=length, limit=1)
     return windows_WT[0]
 
 

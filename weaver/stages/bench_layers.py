@@ -1,4 +1,4 @@
-"""``bench --level layer`` and ``kernel``: single FFNs of a run, or of a size that is named."""
+"""``bench-layer``: single FFNs of a run, or of a size that is named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weaver.artifacts.bench_results import BenchResult, BenchRouting, FfnLevel
+from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import peak_memory_bytes
 from weaver.config.sections import BenchConfig
 from weaver.errors import WeaverError
@@ -17,9 +18,9 @@ from weaver.evaluation.speed import device_header
 from weaver.methods.allocation import active_neurons
 from weaver.models.accounting import LayerShape
 from weaver.models.moe import MoEFeedForward
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.bench import pinned_threads, prompt
-from weaver.stages.converted import ConvertedModel, open_converted
-from weaver.stages.runner import StageContext
 
 SHARED_SHARE = 0.25
 
@@ -83,7 +84,7 @@ def bench_size(
             why="it is recorded from a converted model on text",
             fix="--routing uniform or skewed, or --run-dir RUN instead of --hidden-size",
         )
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
     shape, tokens = size.shape(), max(config.tokens)
     case = synthetic_case(
         shape, size.hidden_size, tokens, dtype, skewed=routing == "skewed", seed=context.seed
@@ -115,9 +116,9 @@ def bench_run(
     converted = open_converted(context)
     if converted.dense.is_moe:
         raise WeaverError(
-            f"bench --level {level} of a model with two levels of experts",
+            "bench-layer of a model with two levels of experts",
             why="a layer is many FFNs there, each with tokens of its own",
-            fix="leave --level out, or give a size with --hidden-size and --intermediate-size",
+            fix="weaver bench, or give a size with --hidden-size and --intermediate-size",
         )
     shapes, dtype = converted.shapes(), converted.dtype(config.dtype)
     chosen = list(layers) or [len(shapes) // 2]

@@ -9,13 +9,7 @@ import torch
 
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.config.sections import RouterConfig
-from weaver.evaluation.fidelity import module_fidelity
-from weaver.evaluation.positions import error_by_position
-from weaver.methods.registry import get_method
-from weaver.methods.selection import routed_inputs
-from weaver.models.moe import MoEFeedForward
-from weaver.stages.parents import ROUTER_FOLDER, Partition, open_partition
-from weaver.stages.routing import (
+from weaver.conversion.routing import (
     RoutedLayer,
     read_routed,
     resolve_router,
@@ -23,8 +17,14 @@ from weaver.stages.routing import (
     solve_layer,
     write_routed,
 )
-from weaver.stages.runner import StageContext, StageRun
-from weaver.stages.splitter import layer_generator
+from weaver.conversion.splitter import layer_generator
+from weaver.evaluation.fidelity import module_fidelity
+from weaver.evaluation.positions import error_by_position
+from weaver.methods.registry import get_method
+from weaver.methods.selection import routed_inputs
+from weaver.models.moe import MoEFeedForward
+from weaver.rundir.inputs import ROUTER_FOLDER, Partition, open_partition
+from weaver.rundir.stage_run import StageContext, StageRun
 
 STAGE = "build-router"
 

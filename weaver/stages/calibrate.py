@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import read_record, values_digest, write_record
 from weaver.artifacts.types import LayerProfile
 from weaver.config.sections import CalibrateConfig, ModelConfig
+from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
 from weaver.data.grouping import GroupWindows, pack_groups
 from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
@@ -21,11 +22,9 @@ from weaver.models.checkpoint import Checkpoint
 from weaver.models.sites import Site
 from weaver.models.stream import DecoderStream, DenseFfn, layer_ffns
 from weaver.models.two_level import RoutingObserver
-from weaver.stages.profiling import ExpertInputs, Profiler, ResumableStream
-from weaver.stages.runner import StageContext, StageRun
+from weaver.rundir.inputs import HELD_OUT_FILE, TOKENS_FILE
+from weaver.rundir.stage_run import StageContext, StageRun
 
-TOKENS_FILE = "tokens.safetensors"
-HELD_OUT_FILE = "held_out.safetensors"
 STAGE = "calibrate"
 
 
@@ -57,7 +56,7 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config={**_recorded(config), "dtype": str(dtype).removeprefix("torch.")},
+        config={**_recorded(config), "dtype": dtype_name(dtype)},
         inputs={
             "model": InputRef(path=identity.folder, digest=identity.digest),
             "tokenizer": InputRef(path=identity.folder, digest=identity.tokenizer_digest),
@@ -123,18 +122,8 @@ def _check_markers(config: CalibrateConfig, checkpoint: Checkpoint) -> None:
         raise WeaverError(
             f"activation_top_k={config.activation_top_k} of {neurons} neurons",
             why="a token marks at most every neuron of the FFN",
-            fix=f"--activation-top-k {min(10, neurons)}",
+            fix=f"--set calibrate.activation_top_k={min(10, neurons)}",
         )
-
-
-def read_packed_tokens(folder: Path) -> PackedTokens:
-    """The packed tokens of a finished calibrate stage."""
-    return read_record(folder / TOKENS_FILE, PackedTokens)
-
-
-def read_held_out(folder: Path) -> GroupWindows:
-    """The held-out windows of a finished calibrate stage that keeps groups apart."""
-    return read_record(folder / HELD_OUT_FILE, GroupWindows)
 
 
 def _recorded(config: CalibrateConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest, versions
 from weaver.artifacts.results import (
     EvalResult,
@@ -22,8 +23,9 @@ from weaver.artifacts.results import (
 )
 from weaver.artifacts.store import file_digest, values_digest, write_json
 from weaver.config.sections import EvalConfig
-from weaver.data.packing import windows
-from weaver.data.sources import find_path, parse_data_spec, read_documents
+from weaver.conversion.layer_budgets import refuse_experts
+from weaver.data.packing import read_windows
+from weaver.data.sources import find_path
 from weaver.evaluation.fidelity import KeptInputs, keep_inputs
 from weaver.evaluation.harness import run_harness
 from weaver.evaluation.perplexity import Comparison, compare
@@ -32,10 +34,9 @@ from weaver.evaluation.tasks import run_task
 from weaver.evaluation.usage import count_usage
 from weaver.models.accounting import ModelAccount
 from weaver.models.ffns import site_prefix
-from weaver.stages.budget import refuse_experts
-from weaver.stages.converted import ConvertedModel, open_converted
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_run import StageContext, StageRun
 from weaver.stages.router_report import held_out_positions, open_report, router_report
-from weaver.stages.runner import StageContext, StageRun
 
 STAGE = "eval"
 RESULTS = "results.json"
@@ -58,7 +59,7 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
 
     Args:
         context: run directory, progress, data folder.
-        config: text, windows, tasks, router report.
+        config: text, read_windows, tasks, router report.
         finetuned: measure the fine-tuned model if the run has one.
 
     Raises:
@@ -84,7 +85,7 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
     found = len(inputs.windows_WT)
     if config.windows is not None and found < config.windows:
         context.say(f"the text holds {found} windows of the {config.windows} that were asked for")
-    dtype = str(converted.dtype(config.dtype)).removeprefix("torch.")
+    dtype = dtype_name(converted.dtype(config.dtype))
     run = StageRun(context, request, converted.manifest.model, dtype)
     if run.status == "skip":
         return run.skipped()
@@ -117,13 +118,12 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
 def _read_inputs(
     context: StageContext, config: EvalConfig, tokenizer: PreTrainedTokenizerBase
 ) -> _Inputs:
-    documents = [
-        document
-        for text in config.data
-        for document in read_documents(parse_data_spec(text).location, context.data_dir)
-    ]
-    windows_WT = windows(
-        documents, tokenizer, sequence_length=config.sequence_length, limit=config.windows
+    windows_WT = read_windows(
+        config.data,
+        tokenizer,
+        sequence_length=config.sequence_length,
+        limit=config.windows,
+        data_dir=context.data_dir,
     )
     files = {
         name: find_path(name, context.data_dir)

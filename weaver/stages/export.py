@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, write_json
 from weaver.config.sections import ExportConfig, VerifyConfig
@@ -22,15 +22,14 @@ from weaver.export.features import approximated
 from weaver.export.gguf import check_gguf, write_gguf
 from weaver.export.registry import GGUF, NAMES, OWN, check, choose, obstacles, stock_target
 from weaver.export.remote_code import add_remote_code
-from weaver.models.checkpoint import DTYPES
-from weaver.models.converted import ConvertedCheckpoint, ConvertedLayer
+from weaver.models.converted_folder import ConvertedCheckpoint, ConvertedLayer
 from weaver.models.tensors import stored_dtype
-from weaver.models.writing import Part, parse_size, plan_shards, write_shards
+from weaver.models.writing import Part, copy_companions, parse_size, plan_shards, write_shards
 from weaver.report.loading import gguf_loading, remote_code_loading, stock_loading
-from weaver.stages.card import write_card
-from weaver.stages.converted import ConvertedModel, companions, open_converted
-from weaver.stages.parents import open_partition
-from weaver.stages.runner import StageContext, StageRun
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.inputs import open_partition
+from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.model_card import write_card
 from weaver.stages.verify import RECORD, verify
 
 STAGE = "export"
@@ -109,7 +108,7 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
     Raises:
         WeaverError: the folder holds something else; or the model does not fit the file format.
     """
-    dtype = str(plan.dtype).removeprefix("torch.")
+    dtype = dtype_name(plan.dtype)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
@@ -250,6 +249,5 @@ def _write_weights(context: StageContext, plan: ExportPlan, parts: Sequence[Part
 
 def _write_companions(plan: ExportPlan, write_config: Callable[[Path], None]) -> None:
     with disk_errors(plan.folder):
-        for path in companions(plan.converted.folder):
-            shutil.copyfile(path, plan.folder / path.name)
+        copy_companions(plan.converted.folder, plan.folder)
         write_config(plan.folder)

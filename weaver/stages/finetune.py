@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, values_digest
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.data.holdout import hold_out
-from weaver.data.packing import separators, windows
-from weaver.data.sources import parse_data_spec, read_documents
+from weaver.data.packing import read_windows, separators
 from weaver.errors import WeaverError
 from weaver.kernels.machine import cpu_features
-from weaver.models.writing import Part, parse_size, write_shards
+from weaver.models.writing import Part, copy_companions, parse_size, write_shards
 from weaver.report.tracking import tracking
-from weaver.stages.card import write_card
-from weaver.stages.converted import ConvertedModel, companions, open_converted
-from weaver.stages.runner import StageContext, StageRun
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.model_card import write_card
 from weaver.stages.training_job import CHECKPOINTS, RescuedError, TrainingJob
 from weaver.training.checkpoint import remove_checkpoints
 from weaver.training.loop import DivergedError, TrainingReport
@@ -95,7 +96,7 @@ def finetune(
             model, report = job.train(context, run.folder, log)
     except RescuedError as rescued:
         _write_model(converted, rescued.model, run)
-        raise _where(rescued.error, run.folder / MODEL) from rescued.error
+        raise _with_folder(rescued.error, run.folder / MODEL) from rescued.error
     _write_model(converted, model, run)
     remove_checkpoints(run.folder / CHECKPOINTS)
     manifest = run.finish(_summary(report, phases))
@@ -134,29 +135,15 @@ def _texts(
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Windows to train on by their length, and the guard's."""
     lengths = sorted({phase.sequence_length for phase in phases})
-    texts = {n: _windows(context, config.data, tokenizer, n, limit=None) for n in lengths}
+    read = partial(read_windows, tokenizer=tokenizer, data_dir=context.data_dir)
+    texts = {n: read(config.data, sequence_length=n, limit=None) for n in lengths}
     length, count = config.eval_sequence_length, config.eval_windows
     if config.eval_data is not None:
-        return texts, _windows(context, config.eval_data, tokenizer, length, limit=count)
-    text_WT = _windows(context, config.data, tokenizer, length, limit=None)
+        return texts, read(config.eval_data, sequence_length=length, limit=count)
+    text_WT = read(config.data, sequence_length=length, limit=None)
     prefix = len(separators(tokenizer)[0])
     held_out_WT, rest = hold_out(text_WT, count, texts, prefix=prefix)
     return rest, held_out_WT
-
-
-def _windows(
-    context: StageContext,
-    data: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    limit: int | None,
-) -> Tensor:
-    documents = [
-        document
-        for text in data
-        for document in read_documents(parse_data_spec(text).location, context.data_dir)
-    ]
-    return windows(documents, tokenizer, sequence_length=sequence_length, limit=limit)
 
 
 def _data_ref(data: Sequence[str], windows_by_length: dict[int, Tensor]) -> InputRef:
@@ -164,7 +151,7 @@ def _data_ref(data: Sequence[str], windows_by_length: dict[int, Tensor]) -> Inpu
     return InputRef(path=", ".join(data), digest=digest)
 
 
-def _where(error: DivergedError, folder: Path) -> WeaverError:
+def _with_folder(error: DivergedError, folder: Path) -> WeaverError:
     """The same error, with the place of the best weights."""
     assert error.best is not None
     return WeaverError(
@@ -182,9 +169,8 @@ def _write_model(converted: ConvertedModel, model: PreTrainedModel, run: StageRu
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        for path in companions(converted.folder):
-            shutil.copyfile(path, folder / path.name)
-    dtype: torch.dtype = getattr(torch, run.dtype)
+        copy_companions(converted.folder, folder)
+    dtype: torch.dtype = DTYPES[run.dtype]
     tied = set(model.all_tied_weights_keys)
     state = {k: v.detach().to(dtype) for k, v in model.state_dict().items() if k not in tied}
     parts = [_part(name, tensor) for name, tensor in state.items()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.store import read_json
 from weaver.config.sections import DtypeName, ModelConfig
@@ -23,12 +24,12 @@ from weaver.evaluation.generation import (
     repetition,
 )
 from weaver.evaluation.smoke import REPETITION_BOUND
-from weaver.models.checkpoint import DTYPES, load_tokenizer
+from weaver.models.checkpoint import load_tokenizer
 from weaver.models.loading import load_model
 from weaver.models.locate import locate, weight_files
-from weaver.stages.converted import converted_folder
-from weaver.stages.finished import STAGE_FOLDERS
-from weaver.stages.runner import REQUEST
+from weaver.rundir.converted_model import converted_folder
+from weaver.rundir.stage_folders import STAGE_FOLDERS
+from weaver.rundir.stage_run import REQUEST
 
 # In a shorter text a single sentence that comes again is half of it.
 _ENOUGH_TOKENS = 24

@@ -12,34 +12,33 @@ from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
 from weaver.artifacts.types import ExpertLayout, LayerProfile
 from weaver.config.sections import PartitionConfig, RouterConfig
-from weaver.errors import WeaverError
-from weaver.methods.base import GroupOptions, MethodOptions, MethodSpec
-from weaver.methods.registry import get_method, resolve_options
+from weaver.conversion.domain_affinity import affinity_summary, mine_affinity, require_groups
+from weaver.conversion.layer_budgets import Budget, allocate
+from weaver.conversion.partition_settings import resolve_settings
+from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
+from weaver.conversion.routing import (
+    read_routed,
+    routed_paths,
+    write_routed,
+)
+from weaver.conversion.splitter import MIN_EXPERT_TOKENS, LayerSplitter
+from weaver.methods.base import GroupOptions
 from weaver.models.accounting import LayerShape
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
 from weaver.models.sites import Site
 from weaver.models.stream import DecoderStream, layer_ffns
-from weaver.stages.affinity import affinity_summary, mine_affinity, require_groups
-from weaver.stages.budget import Budget, allocate
-from weaver.stages.calibrate import read_packed_tokens
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import PROFILE_FOLDER, ROUTER_FOLDER, open_calibration
-from weaver.stages.profiling import ExpertInputs, Profiler, ResumableStream
-from weaver.stages.routing import (
-    read_routed,
-    require_selection,
-    resolve_router,
-    routed_paths,
-    write_routed,
-)
-from weaver.stages.runner import StageContext, StageRun
-from weaver.stages.splitter import MIN_EXPERT_TOKENS, LayerSplitter
+from weaver.rundir.inputs import PROFILE_FOLDER, ROUTER_FOLDER, open_calibration, read_packed_tokens
+from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext, StageRun
 
 STAGE = "partition"
 
 
 def partition(
-    context: StageContext, config: PartitionConfig, calibration_folder: Path | None = None
+    context: StageContext,
+    config: PartitionConfig,
+    router: RouterConfig,
+    calibration_folder: Path | None = None,
 ) -> StageManifest:
     """Write one ``ExpertLayout`` per FFN: per layer, or per expert of a MoE model.
 
@@ -51,109 +50,39 @@ def partition(
     Args:
         context: run directory, seed, progress.
         config: method, sparsity, experts.
+        router: router and compensation of the layers in front, where they are converted first.
         calibration_folder: a calibrate folder of another run; default: this run's own.
 
     Raises:
         WeaverError: no finished calibration, unknown method or options, or a sparsity that the
             experts cannot express.
     """
-    spec = get_method(config.method)
-    options = resolve_options(spec, config.options)
+    settings = resolve_settings(config, router)
     calibration = open_calibration(calibration_folder or context.folder("calibrate"))
-    resolved = resolve(config, spec, options)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        # Left out where it is off: earlier versions had none, and their partitions are the same.
-        config=resolved.model_dump(
-            mode="json", exclude={"weighting"} if resolved.weighting is None else None
-        ),
+        config=settings.recorded(),
         inputs={"calibrate": calibration.ref},
     )
     run = StageRun(context, request, calibration.identity, calibration.manifest.dtype)
     if run.status == "skip":
         return run.skipped()
-    splitter = LayerSplitter(calibration, resolved, spec, options, context.seed)
-    if spec.prunes_groups:
-        require_groups(calibration, spec.name, splitter.num_experts)
+    splitter = LayerSplitter(calibration, settings, context.seed)
+    if settings.spec.prunes_groups:
+        require_groups(calibration, settings.spec.name, splitter.num_experts)
     run.begin()
     affinity = None
-    if isinstance(options, GroupOptions):
-        affinity = mine_affinity(context, run, splitter, options.affinity_windows)
+    if isinstance(settings.options, GroupOptions):
+        affinity = mine_affinity(context, run, splitter, settings.options.affinity_windows)
         splitter.group_experts_G = affinity.experts_G
     budget = allocate(context, run.folder, splitter)
-    split_all = _split_sequentially if resolved.sequential else _split_one_shot
+    split_all = _split_sequentially if settings.config.sequential else _split_one_shot
     split_all(context, run, splitter, budget)
     summary = _summary(run, splitter, budget)
     if affinity is not None:
         summary["affinity"] = affinity_summary(affinity)
     return run.finish(summary)
-
-
-def propagating(config: PartitionConfig, router: RouterConfig) -> PartitionConfig:
-    """Sequential splits run behind layers that route as the converted model will."""
-    return config if config.propagate else config.model_copy(update={"propagate": router})
-
-
-def resolve(
-    config: PartitionConfig, spec: MethodSpec[Any], options: MethodOptions
-) -> PartitionConfig:
-    """The configuration with the method's defaults filled in.
-
-    Raises:
-        WeaverError: no such router, it cannot select experts as the method's options want, or an
-            allocation that the method does not have.
-    """
-    if spec.prunes_groups and (config.allocation or spec.allocation) != "uniform":
-        raise WeaverError(
-            f"{spec.name} with --allocation {config.allocation}",
-            why="its experts are prunings of the whole FFN, of the same width in every layer",
-            fix="--allocation uniform",
-        )
-    if spec.is_static and config.num_experts is not None:
-        raise WeaverError(
-            f"{spec.name} with {config.num_experts} experts",
-            why="it is a static method: every token runs the same neurons, there are no experts",
-            fix="leave --num-experts out, or choose a routed method such as weave",
-        )
-    propagate = resolve_router(config.propagate or RouterConfig(), spec)
-    if propagate.kind is not None:
-        require_selection(propagate.kind, options.selects)
-    _check_weighting(config, propagate, spec, options)
-    return config.model_copy(
-        update={
-            "num_experts": None if spec.is_static else config.num_experts or spec.num_experts,
-            "allocation": config.allocation or spec.allocation,
-            "sequential": spec.sequential if config.sequential is None else config.sequential,
-            "propagate": propagate,
-            "options": options.model_dump(mode="json"),
-        }
-    )
-
-
-def _check_weighting(
-    config: PartitionConfig, router: RouterConfig, spec: MethodSpec[Any], options: MethodOptions
-) -> None:
-    if config.weighting is None:
-        return
-    if spec.is_static or spec.prunes_groups:
-        raise WeaverError(
-            f"partition.weighting={config.weighting} of {spec.name}",
-            why="its experts are weighted in one way only" if spec.prunes_groups else "it has none",
-            fix="leave partition.weighting out",
-        )
-    if options.selects != "top-k":
-        raise WeaverError(
-            "softmax weights of experts that are selected by a threshold",
-            why="a threshold may select nothing, and the weights of nothing have no sum",
-            fix="--set partition.options.selection=top-k",
-        )
-    if router.refit or router.constants:
-        raise WeaverError(
-            "softmax weights with a refit or constants",
-            why="both are solved for experts of weight 1",
-            fix="--no-refit --set router.constants=false",
-        )
 
 
 def _split_one_shot(
@@ -247,11 +176,10 @@ def _has_propagated(run: StageRun, splitter: LayerSplitter, site: int) -> bool:
     """Whether every file of an FFN is there that a sequential split writes."""
     if not run.has_layer(site):
         return False
-    assert splitter.config.propagate is not None
     layout = read_record(run.layer_path(site), ExpertLayout)
     paths = [
         layer_path(run.folder / PROFILE_FOLDER, site),
-        *routed_paths(run.folder / ROUTER_FOLDER, site, layout, splitter.config.propagate),
+        *routed_paths(run.folder / ROUTER_FOLDER, site, layout, splitter.settings.router),
     ]
     return all(run.has_file(path) for path in paths)
 
@@ -285,7 +213,11 @@ def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str
                 },
             }
         )
-    summary: dict[str, Any] = {"method": splitter.spec.name, "scope": "ffn", "layers": rows}
+    summary: dict[str, Any] = {
+        "method": splitter.settings.spec.name,
+        "scope": "ffn",
+        "layers": rows,
+    }
     if budget.predicted_kl is not None:
         summary |= {"predicted_kl": budget.predicted_kl, "uniform_kl": budget.uniform_kl}
     return summary

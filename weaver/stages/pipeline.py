@@ -9,15 +9,15 @@ from pathlib import Path
 from weaver.artifacts.manifest import MANIFEST, StageManifest
 from weaver.config.loading import RunConfig
 from weaver.errors import WeaverError
+from weaver.rundir.lock import locked
+from weaver.rundir.stage_run import StageContext, WouldRun
 from weaver.stages.assemble import assemble
 from weaver.stages.bench import bench
 from weaver.stages.build_router import build_routers
 from weaver.stages.calibrate import calibrate
 from weaver.stages.evaluate import evaluate
 from weaver.stages.finetune import finetune
-from weaver.stages.lock import locked
-from weaver.stages.partition import partition, propagating
-from weaver.stages.runner import StageContext, WouldRun
+from weaver.stages.partition import partition
 
 StageCall = Callable[[StageContext], StageManifest]
 
@@ -44,11 +44,12 @@ def stage_calls(config: RunConfig, calibration: Path | None = None) -> dict[str,
         config: the whole configuration.
         calibration: a calibrate folder of another run, which replaces this run's own.
     """
-    split = propagating(config.partition, config.router)
     calls: dict[str, StageCall] = {}
     if calibration is None:
         calls["calibrate"] = lambda context: calibrate(context, config.model, config.calibrate)
-    calls["partition"] = lambda context: partition(context, split, calibration)
+    calls["partition"] = lambda context: partition(
+        context, config.partition, config.router, calibration
+    )
     calls["build-router"] = lambda context: build_routers(context, config.router)
     calls["assemble"] = lambda context: assemble(context, config.assemble)
     if config.finetune is not None:

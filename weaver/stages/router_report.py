@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,9 @@ from weaver.algorithms.statistics import LayerStatistics, sample_positions
 from weaver.artifacts.manifest import InputRef
 from weaver.artifacts.results import LayerRouterScores, RouterReport, RouterScores
 from weaver.artifacts.types import FIRST_TOKENS, ExpertLayout, LayerProfile
-from weaver.config.sections import PartitionConfig
+from weaver.conversion.partition_settings import recorded_settings
+from weaver.conversion.profiling import group_arguments, kept_positions
+from weaver.conversion.splitter import LayerSplitter
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
 from weaver.evaluation.fidelity import KeptInputs, module_fidelity
@@ -24,13 +25,9 @@ from weaver.evaluation.stability import (
     score_correlation,
     shared_jaccard,
 )
-from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
-from weaver.methods.registry import get_method, resolve_options
-from weaver.stages.calibrate import read_packed_tokens
-from weaver.stages.parents import Calibration, Partition, open_partition
-from weaver.stages.profiling import group_arguments, kept_positions
-from weaver.stages.runner import StageContext
-from weaver.stages.splitter import LayerSplitter
+from weaver.methods.base import LayerProblem, MethodOptions
+from weaver.rundir.inputs import Calibration, Partition, open_partition, read_packed_tokens
+from weaver.rundir.stage_run import StageContext
 
 # Held-out tokens per layer on which the router is compared with the oracle.
 HELD_OUT_TOKENS = 2048
@@ -82,7 +79,8 @@ def open_report(context: StageContext) -> ReportInputs:
             f"the profiles keep FFN inputs of {samples} calibration samples",
             why="the router report makes the partition again from two halves of the samples, and a "
             "half needs at least two",
-            fix="eval with --no-router, or calibrate with a larger --tokens or --input-sample-mb",
+            fix="eval with --no-router, or calibrate with a larger --tokens or "
+            "--set calibrate.input_sample_mb=512",
         )
     halves = sample_halves(sample_ids_N, packed.sample_groups_M)
     if partition.group_experts() is not None:
@@ -100,7 +98,7 @@ def _require_groups(packed: PackedTokens, halves: Sequence[Tensor]) -> None:
                 why="the router report makes the partition again from two halves of the samples, "
                 "and it is a partition by groups",
                 fix="eval with --no-router, or calibrate with a larger --tokens or "
-                "--input-sample-mb",
+                "--set calibrate.input_sample_mb=512",
             )
 
 
@@ -157,13 +155,12 @@ class _ScoredSplitter:
 
     def __init__(self, partition: Partition) -> None:
         request = partition.manifest.request
-        config = PartitionConfig.model_validate(request.config)
-        self.spec: MethodSpec[Any] = get_method(config.method)
-        options = resolve_options(self.spec, config.options)
+        settings = recorded_settings(request.config)
+        self.spec = settings.spec
         self._scores_F: Tensor | None = None
-        noting = replace(self.spec, partition=self._noting)
+        recording = replace(settings, spec=replace(self.spec, partition=self._recorded_partition))
         self._partition = partition
-        self._splitter = LayerSplitter(partition.calibration, config, noting, options, request.seed)
+        self._splitter = LayerSplitter(partition.calibration, recording, request.seed)
         self._splitter.group_experts_G = partition.group_experts()
 
     def split(self, layer: int, profile: LayerProfile) -> tuple[ExpertLayout, Tensor | None]:
@@ -172,7 +169,7 @@ class _ScoredSplitter:
         self._scores_F = None  # a layer that keeps all of its neurons has none
         return self._splitter.split(layer, profile, active_neurons), self._scores_F
 
-    def _noting(
+    def _recorded_partition(
         self, problem: LayerProblem, options: MethodOptions, generator: torch.Generator
     ) -> ExpertLayout:
         if self.spec.shared_scores is not None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from weaver.conversion.memory import available_memory
 from weaver.evaluation.smoke import answer, smoke_result, smoke_windows
 from weaver.models.accounting import ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.loading import load_model
 from weaver.report.tables import format_bytes
-from weaver.stages.memory import available_memory
-from weaver.stages.runner import StageContext
+from weaver.rundir.stage_run import StageContext
 
 # Log-probabilities that exist at once: the dense model's, and temporaries of one window.
 _LOG_P_COPIES = 2

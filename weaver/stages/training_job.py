@@ -15,8 +15,8 @@ from weaver.evaluation.perplexity import compare
 from weaver.kernels.machine import cpu_features
 from weaver.models.loading import load_model
 from weaver.report.tracking import Log
-from weaver.stages.converted import ConvertedModel
-from weaver.stages.runner import StageContext
+from weaver.rundir.converted_model import ConvertedModel
+from weaver.rundir.stage_run import StageContext
 from weaver.training.guard import Evaluation, Guard, HeldOut
 from weaver.training.loop import DivergedError, TrainingReport
 from weaver.training.loop import finetune as train

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import MANIFEST, read_manifest
 from weaver.artifacts.store import read_json
 from weaver.artifacts.verification import Verification
 from weaver.config.sections import VerifyConfig
-from weaver.data.packing import windows
-from weaver.data.sources import parse_data_spec, read_documents
+from weaver.data.packing import read_windows
 from weaver.errors import WeaverError
 from weaver.evaluation.logits import chunked_logits
 from weaver.evaluation.perplexity import chunk_losses
 from weaver.export import llamacpp
 from weaver.export.fresh import FreshModel, fresh_model
-from weaver.models.checkpoint import DTYPES
 from weaver.models.moe import MoEFeedForward
-from weaver.stages.converted import ConvertedModel, open_converted
-from weaver.stages.runner import StageContext
+from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_run import StageContext
 
 RECORD = "weaver_export.json"
 # Prompts that both models continue, and their length in tokens.
@@ -77,7 +76,7 @@ def verify(
                 _compare(native, fresh, index, ids_T, record.get("experts", []), totals)
                 advance(f"window {index + 1}")
         same = _same_text(native, prompts_PT, fresh.generate(config.new_tokens), config.new_tokens)
-        return totals.result(record["target"], fresh.name, str(dtype).removeprefix("torch."), same)
+        return totals.result(record["target"], fresh.name, dtype_name(dtype), same)
 
 
 @dataclass
@@ -215,14 +214,14 @@ def _verify_gguf(
 
 
 def _windows(context: StageContext, config: VerifyConfig, converted: ConvertedModel) -> Tensor:
-    documents = [
-        document
-        for text in config.data
-        for document in read_documents(parse_data_spec(text).location, context.data_dir)
-    ]
     count = -(-config.tokens // config.sequence_length)
-    tokenizer = converted.dense.tokenizer()
-    return windows(documents, tokenizer, sequence_length=config.sequence_length, limit=count)
+    return read_windows(
+        config.data,
+        converted.dense.tokenizer(),
+        sequence_length=config.sequence_length,
+        limit=count,
+        data_dir=context.data_dir,
+    )
 
 
 def _check_same_source(export: Path, converted: ConvertedModel) -> None:

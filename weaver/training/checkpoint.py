@@ -131,7 +131,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """A checkpoint that was found on disk.
 
     Args:
@@ -182,7 +182,7 @@ def save_checkpoint(
     return path
 
 
-def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
+def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> TrainingCheckpoint | None:
     """The newest checkpoint; None means nothing done.
 
     Raises:
@@ -206,7 +206,7 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | N
         )
     except (ValueError, LookupError, TypeError) as error:
         raise _unfit(path, error) from error
-    return Checkpoint(path, progress, tensors)
+    return TrainingCheckpoint(path, progress, tensors)
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -157,16 +157,16 @@ def finetune(
         for index in range(start.phase, len(phases)):
             if index > trainer.progress.phase:
                 trainer.next_phase()
-            at_work = enter_phase(model, phases, index, seed=seed, workers=workers)
+            tuned = enter_phase(model, phases, index, seed=seed, workers=workers)
             if found is not None:
-                found.load(at_work.state)
+                found.load(tuned.state)
                 found = None
             try:
-                trainer.run_phase(at_work, phases[index], windows[index])
+                trainer.run_phase(tuned, phases[index], windows[index])
             except NotFiniteError as error:
-                at_work.leave(trainer.names)
+                tuned.leave(trainer.names)
                 raise _diverged(error, trainer.restore_best(), config, phases, index) from error
-            at_work.leave(trainer.names)
+            tuned.leave(trainer.names)
             best = trainer.restore_best()
     progress = trainer.progress
     sizes = [phase.batch_size * each.shape[1] for phase, each in zip(phases, windows, strict=True)]

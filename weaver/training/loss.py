@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from weaver.models.head import chunk_tokens, final_hidden, project, vocabulary
+from weaver.models.output_head import chunk_tokens, final_hidden, project, vocabulary
 
 
 def training_loss(

@@ -85,7 +85,7 @@ class Trainer:
     progress: Progress
     saved_best: int | None
 
-    def run_phase(self, at_work: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> None:
+    def run_phase(self, tuned: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> None:
         """The steps of a phase that are not done yet.
 
         Raises:
@@ -94,13 +94,13 @@ class Trainer:
         """
         if self.guard is not None and not self.progress.evaluations:
             # What fails here is none of the training's.
-            self._note(self._evaluate(at_work, self.guard), at_work, self.guard)
+            self._note(self._evaluate(tuned, self.guard), tuned, self.guard)
         while not self._is_over(phase):
-            report = self._step(at_work, phase, windows_WT)
+            report = self._step(tuned, phase, windows_WT)
             if self.guard is not None and self._is_due(self.guard, phase):
-                self._note(self._measure(at_work, self.guard), at_work, self.guard)
+                self._note(self._measure(tuned, self.guard), tuned, self.guard)
             if self.progress.step % self.checkpoint_every == 0:
-                self._save(at_work)
+                self._save(tuned)
             if self.on_step is not None:
                 self.on_step(report)
 
@@ -133,15 +133,15 @@ class Trainer:
         step = self.progress.phase_step
         return step % guard.every == 0 or step == phase.steps
 
-    def _step(self, at_work: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> StepReport:
+    def _step(self, tuned: PhaseModel, phase: PhaseConfig, windows_WT: Tensor) -> StepReport:
         began = time.perf_counter()
         step, rank = self.progress.phase_step, self.workers.rank
         ids_B = batch_indices(step, windows_WT.shape[0], phase.batch_size, self.seed)
         torch.manual_seed(step_seed(self.seed, self.progress.step, rank))
-        at_work.model.train()
+        tuned.model.train()
         ids_BT = windows_WT[self.workers.share(ids_B)].to(self.workers.device, torch.int64)
-        with ExpertLoadCounter(at_work.model, probabilities=phase.balance_loss > 0) as counter:
-            loss, rate, loads = self._update(at_work, phase, ids_BT, counter)
+        with ExpertLoadCounter(tuned.model, probabilities=phase.balance_loss > 0) as counter:
+            loss, rate, loads = self._update(tuned, phase, ids_BT, counter)
         if phase.balance_update:
             counter.apply(loads, phase.balance_update)
         seconds = time.perf_counter() - began
@@ -154,18 +154,22 @@ class Trainer:
         return StepReport(self.progress.step, loss, rate, Balance.of(loads), tokens / seconds)
 
     def _update(
-        self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor, counter: ExpertLoadCounter
+        self,
+        tuned: PhaseModel,
+        phase: PhaseConfig,
+        ids_BT: Tensor,
+        counter: ExpertLoadCounter,
     ) -> tuple[float, float, dict[str, ExpertLoad]]:
         """One step of the optimizer: loss over all processes, learning rate, loads."""
-        optimizer, step = at_work.state.optimizer, self.progress.phase_step
+        optimizer, step = tuned.state.optimizer, self.progress.phase_step
         factor = learning_rate_factor(step, phase.steps, phase.warmup_steps, phase.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
         # Around the backward pass too, where a divided model computes its layers again.
-        with routed_to_all(at_work.model, phase.temperature):
-            value, loads = self._gradients(at_work, phase, ids_BT, counter)
-        parameters = at_work.state.parameters.values()
+        with routed_to_all(tuned.model, phase.temperature):
+            value, loads = self._gradients(tuned, phase, ids_BT, counter)
+        parameters = tuned.state.parameters.values()
         self.workers.add_gradients(parameters)
         norm = clip_gradients(parameters, CLIP_NORM)
         if not math.isfinite(norm):
@@ -174,11 +178,15 @@ class Trainer:
         return value, phase.learning_rate * factor, loads
 
     def _gradients(
-        self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor, counter: ExpertLoadCounter
+        self,
+        tuned: PhaseModel,
+        phase: PhaseConfig,
+        ids_BT: Tensor,
+        counter: ExpertLoadCounter,
     ) -> tuple[float, dict[str, ExpertLoad]]:
         """Gradients of this process' part; loss and loads over all processes."""
         with self.workers.autocast():
-            loss = self._loss(at_work, phase, ids_BT)
+            loss = self._loss(tuned, phase, ids_BT)
         loads = self.workers.add_loads(counter.take())
         if phase.balance_loss:
             loss = loss + phase.balance_loss * counter.loss(loads)
@@ -191,19 +199,19 @@ class Trainer:
         loss.backward()
         return value, loads
 
-    def _loss(self, at_work: PhaseModel, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
+    def _loss(self, tuned: PhaseModel, phase: PhaseConfig, ids_BT: Tensor) -> Tensor:
         if phase.objective == "next-token":
-            return training_loss(at_work.model, ids_BT)
+            return training_loss(tuned.model, ids_BT)
         assert phase.distill_weight is not None, "the phase is not resolved"
         return training_loss(
-            at_work.model, ids_BT, teacher=self.teacher, distill_weight=phase.distill_weight
+            tuned.model, ids_BT, teacher=self.teacher, distill_weight=phase.distill_weight
         )
 
-    def _measure(self, at_work: PhaseModel, guard: Guard) -> HeldOut:
+    def _measure(self, tuned: PhaseModel, guard: Guard) -> HeldOut:
         """The model on held-out text; what could be measured before and no more has diverged."""
         step = self.progress.phase_step
         try:
-            held_out = self._evaluate(at_work, guard)
+            held_out = self._evaluate(tuned, guard)
         except WeaverError as error:
             raise NotFiniteError(f"{error.what}, after step {step}") from error
         for name in ("kl", "perplexity"):
@@ -212,23 +220,23 @@ class Trainer:
                 raise NotFiniteError(f"held-out {name} is {value} after step {step}")
         return held_out
 
-    def _evaluate(self, at_work: PhaseModel, guard: Guard) -> HeldOut:
+    def _evaluate(self, tuned: PhaseModel, guard: Guard) -> HeldOut:
         """Evaluate the model with the guard and return the main process's result everywhere."""
-        at_work.model.eval()
+        tuned.model.eval()
         found: HeldOut | None = None
         if self.workers.reads_weights:
             with self.workers.autocast():
-                found = guard.evaluate(at_work.model)
+                found = guard.evaluate(tuned.model)
         found = self.workers.agree(found)
         assert found is not None
         return found
 
-    def _note(self, held_out: HeldOut, at_work: PhaseModel, guard: Guard) -> None:
+    def _note(self, held_out: HeldOut, tuned: PhaseModel, guard: Guard) -> None:
         found = Evaluation(self.progress.step, self.progress.phase, held_out)
         evaluations = (*self.progress.evaluations, found)
         self.progress = replace(self.progress, evaluations=evaluations)
         if self.workers.reads_weights and guard.best(evaluations) is found:
-            self._save_best(at_work.merged(self.names), found.step)
+            self._save_best(tuned.merged(self.names), found.step)
         if self.on_evaluation is not None:
             self.on_evaluation(found)
 
@@ -240,10 +248,10 @@ class Trainer:
         saved = set() if self.saved_best is None else {self.saved_best}
         prune_best(self.folder, {step} | saved)
 
-    def _save(self, at_work: PhaseModel) -> None:
+    def _save(self, tuned: PhaseModel) -> None:
         if not self.workers.reads_weights:
             return
-        tensors = at_work.state.tensors()
+        tensors = tuned.state.tensors()
         if not self.workers.is_main:
             return
         save_checkpoint(self.folder, tensors, self.progress, self.settings)

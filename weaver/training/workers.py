@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from weaver.artifacts.dtypes import dtype_name
 from weaver.errors import WeaverError
 from weaver.training.balance import ExpertLoad
 from weaver.training.sharding import can_shard, shard_layers
@@ -109,7 +110,7 @@ class Workers:
     @property
     def precision_name(self) -> str:
         """Its key in ``PRECISIONS``."""
-        return str(self.precision).removeprefix("torch.")
+        return dtype_name(self.precision)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in ``precision``; weights and their updates stay in float32."""

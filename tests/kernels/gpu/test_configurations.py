@@ -10,14 +10,14 @@ from weaver.kernels.gpu.configurations import (
     GRADIENT_NEURONS,
     INTERPRETED,
     TILE_ROWS,
-    Backend,
     Blocks,
+    GpuPlatform,
     space,
     tile_choices,
     tile_rows,
 )
 
-BACKENDS: tuple[Backend, ...] = ("cuda", "hip")
+BACKENDS: tuple[GpuPlatform, ...] = ("cuda", "hip")
 
 
 def test_the_rows_of_a_tile_by_hand() -> None:
@@ -37,7 +37,7 @@ def test_names_of_block_sizes() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_has_configurations_with_its_constants(
-    kernel: str, dtype: torch.dtype, backend: Backend
+    kernel: str, dtype: torch.dtype, backend: GpuPlatform
 ) -> None:
     constants = {name for name in KERNELS[kernel].arg_names if name.startswith("BLOCK_")}
     choices = tile_choices(kernel, dtype)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from weaver.kernels.gpu import decode, gradients, prefill
-from weaver.kernels.gpu.configurations import Backend, Blocks, space, tile_choices
+from weaver.kernels.gpu.configurations import Blocks, GpuPlatform, space, tile_choices
 
 KERNELS: dict[str, Any] = {
     kernel.fn.__name__: kernel
@@ -65,7 +65,7 @@ class Architecture:
     async_copy: str
 
     @property
-    def backend(self) -> Backend:
+    def backend(self) -> GpuPlatform:
         return "cuda" if self.target.backend == "cuda" else "hip"
 
 

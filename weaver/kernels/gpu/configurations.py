@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["cuda", "hip"]
+GpuPlatform = Literal["cuda", "hip"]
 
 # Up to so many tokens decode.py computes a forward. Above, tiles in which tokens share the weights
 # of an expert read less.
@@ -57,7 +57,7 @@ def tile_rows(num_pairs: int, num_experts: int, element_size: int) -> int:
 
 
 def space(
-    kernel: str, dtype: torch.dtype, backend: Backend, rows: int | None = None
+    kernel: str, dtype: torch.dtype, backend: GpuPlatform, rows: int | None = None
 ) -> tuple[Blocks, ...]:
     """The configurations to choose from, by timing them on the GPU that is there.
 
@@ -107,7 +107,7 @@ def _blocks_m(*rows: tuple[int, int, int, int, int]) -> tuple[Blocks, ...]:
 
 
 # By backend and bytes per element, kernel, and rows of a tile.
-_MATRIX: dict[tuple[Backend, int], dict[str, dict[int | None, tuple[Blocks, ...]]]] = {
+_MATRIX: dict[tuple[GpuPlatform, int], dict[str, dict[int | None, tuple[Blocks, ...]]]] = {
     ("cuda", 2): {
         "gate_up_kernel": {
             16: _blocks((64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 4, 4)),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from weaver.kernels.gpu.configurations import INTERPRETED, Backend, Blocks, space
+from weaver.kernels.gpu.configurations import INTERPRETED, Blocks, GpuPlatform, space
 
 Grid = Callable[[Mapping[str, int]], tuple[int, ...]]
 
@@ -46,7 +46,7 @@ def tuned(kernel: Any, dtype: torch.dtype, block_m: int | None) -> Any:
     T is not in the key: what depends on it is ``block_m``. Kernels neither change their inputs nor
     add to their outputs, so that tuning may repeat them.
     """
-    backend: Backend = "hip" if torch.version.hip else "cuda"
+    backend: GpuPlatform = "hip" if torch.version.hip else "cuda"
     configs = [
         to_triton(blocks, block_m) for blocks in space(kernel.fn.__name__, dtype, backend, block_m)
     ]

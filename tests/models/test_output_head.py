@@ -8,7 +8,7 @@ from gradients import assert_same_gradients
 from tiny_models import random_ids, tiny_model
 from torch import nn
 
-from weaver.models.head import (
+from weaver.models.output_head import (
     CPU_LOGIT_BYTES,
     LOGIT_BYTES,
     chunk_tokens,

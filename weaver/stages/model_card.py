@@ -9,7 +9,7 @@ from typing import Any
 from weaver.artifacts.manifest import versions
 from weaver.artifacts.store import write_text
 from weaver.methods.registry import get_method
-from weaver.models.accounting import DenseFfn, LayerShape, ModelAccount
+from weaver.models.accounting import DenseFfnSize, LayerShape, ModelAccount
 from weaver.report.model_card import LayerFacts, ModelCardFacts, model_card
 
 
@@ -58,7 +58,7 @@ def write_card(
     write_text(folder / "README.md", model_card(facts))
 
 
-def _layer_facts(shape: LayerShape, dense: DenseFfn) -> LayerFacts:
+def _layer_facts(shape: LayerShape, dense: DenseFfnSize) -> LayerFacts:
     return LayerFacts(
         intermediate_size=dense.shape.num_shared_neurons,
         num_shared_neurons=shape.num_shared_neurons,

@@ -15,6 +15,7 @@ from weaver.algorithms.affinity import column_normalised, correlation_clusters, 
 from weaver.artifacts.affinity import Affinity, AffinityRow
 from weaver.artifacts.store import read_record, write_record, write_text
 from weaver.artifacts.types import LayerProfile
+from weaver.conversion.splitter import LayerSplitter
 from weaver.errors import WeaverError
 from weaver.evaluation.perplexity import perplexity
 from weaver.methods.base import LayerProblem
@@ -22,10 +23,14 @@ from weaver.methods.registry import get_method, resolve_options
 from weaver.models.loading import load_model
 from weaver.models.moe import MoEFeedForward
 from weaver.report.affinity_plot import affinity_plot
-from weaver.stages.calibrate import read_held_out, read_packed_tokens
-from weaver.stages.parents import AFFINITY_FOLDER, Calibration, affinity_path
-from weaver.stages.runner import StageContext, StageRun
-from weaver.stages.splitter import LayerSplitter
+from weaver.rundir.inputs import (
+    AFFINITY_FOLDER,
+    Calibration,
+    affinity_path,
+    read_held_out,
+    read_packed_tokens,
+)
+from weaver.rundir.stage_run import StageContext, StageRun
 
 PLOT_FILE = "affinity.svg"
 

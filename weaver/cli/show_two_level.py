@@ -11,7 +11,7 @@ from rich.console import Console
 from weaver.report.tables import console_table, format_percent
 
 if TYPE_CHECKING:
-    from weaver.stages.inspection import StageState
+    from weaver.rundir.inspection import StageState
 
 Row = Mapping[str, Any]
 

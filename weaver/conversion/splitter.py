@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from weaver.artifacts.types import ExpertLayout, LayerProfile
-from weaver.config.sections import PartitionConfig
+from weaver.conversion.partition_settings import PartitionSettings
+from weaver.conversion.routing import RoutedLayer, solve_layer
 from weaver.errors import WeaverError
 from weaver.methods.allocation import active_neurons, plan_width, pruned_width
-from weaver.methods.base import LayerProblem, MethodOptions, MethodSpec
+from weaver.methods.base import LayerProblem
 from weaver.methods.layouts import dense_layout
 from weaver.models.moe import MoEFeedForward
-from weaver.stages.parents import Calibration
-from weaver.stages.routing import RoutedLayer, solve_layer
+from weaver.rundir.inputs import Calibration
 
 # With fewer calibration tokens an expert of a MoE model is not split: co-activations and router
 # would be fitted to noise. It is used rarely, so that little is lost.
@@ -28,9 +27,7 @@ class LayerSplitter:
 
     Args:
         calibration: model and profiles.
-        config: with every default filled in.
-        spec: the method.
-        options: its options.
+        settings: method, sparsity, experts and router.
         seed: root of the randomness.
 
     Raises:
@@ -40,22 +37,20 @@ class LayerSplitter:
     def __init__(
         self,
         calibration: Calibration,
-        config: PartitionConfig,
-        spec: MethodSpec[Any],
-        options: MethodOptions,
+        settings: PartitionSettings,
         seed: int,
     ) -> None:
         self.calibration = calibration
         self.checkpoint = calibration.checkpoint
-        self.config = config
-        self.spec = spec
-        self.options = options
+        self.settings = settings
+        self.config = settings.config
         self.seed = seed
-        self.num_experts = config.num_experts or 0
+        self.num_experts = settings.config.num_experts or 0
         # The expert of each calibration group, once it is known, where the method prunes by groups.
         self.group_experts_G: Tensor | None = None
-        if options.experts_per_token is not None:
-            _require_experts(self.num_experts, options.experts_per_token)
+        whole = settings.options.experts_per_token
+        if whole is not None:
+            _require_experts(self.num_experts, whole)
         sites = range(self.checkpoint.num_sites)
         self._sizes = {size: self._plan(size) for size in map(self.checkpoint.neurons, sites)}
         self.width, self.uniform_neurons = self._sizes[self.checkpoint.intermediate_size]
@@ -63,7 +58,7 @@ class LayerSplitter:
     def _plan(self, neurons: int) -> tuple[int, int]:
         """N, and A at the configured sparsity, of an FFN of some neurons."""
         config, experts = self.config, self.num_experts
-        whole = self.options.experts_per_token
+        whole = self.settings.options.experts_per_token
         if whole is not None:
             width = pruned_width(neurons, whole, config.expert_width_multiple, config.sparsity)
             return width, whole * width
@@ -95,7 +90,8 @@ class LayerSplitter:
             expert_width=self._sizes[neurons][0],
             group_experts_G=self.group_experts_G,
         )
-        layout: ExpertLayout = self.spec.partition(problem, self.options, self.generator(site))
+        split = self.settings.spec.partition
+        layout: ExpertLayout = split(problem, self.settings.options, self.generator(site))
         if self.config.weighting and layout.num_routed_experts:
             # K shares of a sum of 1: with equal scores every factor is 1, as without a softmax.
             layout = replace(layout, weighting="softmax", routed_scaling=float(layout.top_k))
@@ -103,9 +99,8 @@ class LayerSplitter:
 
     def route(self, site: int, layout: ExpertLayout, profile: LayerProfile) -> RoutedLayer:
         """Router and compensation of an FFN, as its layout's successors see it."""
-        assert self.config.propagate is not None
         weights = self.checkpoint.ffn(site, torch.float32)
-        return solve_layer(weights, profile, layout, self.config.propagate, self.generator(site))
+        return solve_layer(weights, profile, layout, self.settings.router, self.generator(site))
 
     def converted_ffn(
         self, site: int, layout: ExpertLayout, routed: RoutedLayer, dtype: torch.dtype

@@ -31,7 +31,7 @@ from weaver.artifacts.manifest import (
 )
 from weaver.artifacts.store import check_tensors_file, file_digest, read_json, write_json
 from weaver.errors import WeaverError
-from weaver.stages.finished import (
+from weaver.rundir.stage_folders import (
     STAGE_FOLDERS,
     check_outputs,
     layer_path,

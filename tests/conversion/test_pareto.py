@@ -1,4 +1,4 @@
-"""``partition --pareto``: forecasts of several layouts of a tiny model."""
+"""``pareto``: forecasts of several layouts of a tiny model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from tiny_runs import file_times, run_config, run_stages
 
 from weaver.artifacts.store import read_json
-from weaver.config.sections import PartitionConfig
-from weaver.errors import WeaverError
-from weaver.stages.budget import BUDGET_FILE
-from weaver.stages.pareto import (
+from weaver.config.sections import PartitionConfig, RouterConfig
+from weaver.conversion.layer_budgets import BUDGET_FILE
+from weaver.conversion.pareto import (
     Forecast,
     forecast_layouts,
     pareto_optimal,
 )
-from weaver.stages.runner import StageContext
+from weaver.errors import WeaverError
+from weaver.rundir.stage_run import StageContext
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def forecasts(run_dir: Path, **config: Any) -> tuple[list[Forecast], list[str]]:
     said: list[str] = []
     context = StageContext(run_dir, say=said.append)
     values = {"method": "random", "sparsity": 0.25, **config}
-    return forecast_layouts(context, PartitionConfig(**values)), said
+    return forecast_layouts(context, PartitionConfig(**values), RouterConfig()), said
 
 
 def test_a_point_is_optimal_unless_another_is_as_good_in_all_and_better_in_one() -> None:

@@ -64,7 +64,7 @@ def check_outputs(folder: Path, manifest: StageManifest) -> None:
             check_tensors_file(path, rebuild=remake)
 
 
-def parent(folder: Path, stage: str) -> tuple[StageManifest, InputRef]:
+def finished_stage(folder: Path, stage: str) -> tuple[StageManifest, InputRef]:
     """Manifest of a finished parent stage and the reference to it.
 
     Raises:

@@ -15,15 +15,15 @@ from weaver.artifacts.store import read_record
 from weaver.artifacts.types import FIRST_TOKENS, Compensation, ExpertLayout, Router
 from weaver.config.loading import RunConfig
 from weaver.config.sections import RouterConfig
+from weaver.conversion.routing import read_routed, resolve_router, solve_layer
+from weaver.conversion.splitter import layer_generator
 from weaver.errors import WeaverError
 from weaver.methods.registry import METHODS
 from weaver.methods.selection import RESERVED
+from weaver.rundir.inputs import open_partition
+from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.build_router import build_routers
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import open_partition
-from weaver.stages.routing import read_routed, resolve_router, solve_layer
-from weaver.stages.runner import StageContext
-from weaver.stages.splitter import layer_generator
 
 LAYERS = 4
 WEAVE = {"method": "weave"}

@@ -15,9 +15,9 @@ from weaver.artifacts.manifest import MANIFEST
 from weaver.artifacts.store import read_json, read_record
 from weaver.artifacts.types import ExpertLayout
 from weaver.config.loading import RunConfig
+from weaver.conversion.layer_budgets import BUDGET_FILE, Slices
 from weaver.errors import WeaverError
-from weaver.stages.budget import BUDGET_FILE, Slices
-from weaver.stages.finished import layer_path
+from weaver.rundir.stage_folders import layer_path
 
 LAYERS, NEURONS = 4, 64
 
@@ -86,7 +86,7 @@ def test_what_was_measured_is_kept(
     (folder / MANIFEST).unlink()
     layer_path(folder, 3).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("weaver.stages.budget.measure_curves", None)
+        patch.setattr("weaver.conversion.layer_budgets.measure_curves", None)
         run_stages(settings, tmp_path, until="partition")
     assert stage_digests(tmp_path) == before
     # Without the file it is measured again, to the same bits.

@@ -8,8 +8,8 @@ from pathlib import Path
 from weaver.artifacts.manifest import MANIFEST, StageManifest, read_manifest
 from weaver.artifacts.store import file_digest
 from weaver.errors import WeaverError
-from weaver.stages.finished import STAGE_FOLDERS, check_outputs, remake_hint, stage_command
-from weaver.stages.runner import REQUEST
+from weaver.rundir.stage_folders import STAGE_FOLDERS, check_outputs, remake_hint, stage_command
+from weaver.rundir.stage_run import REQUEST
 
 
 @dataclass(frozen=True)

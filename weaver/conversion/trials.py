@@ -10,16 +10,15 @@ from torch import Tensor
 
 from weaver.algorithms.glu import glu_forward
 from weaver.artifacts.types import LayerProfile
+from weaver.conversion.profiling import kept_positions
+from weaver.conversion.splitter import LayerSplitter
 from weaver.errors import WeaverError
 from weaver.evaluation.sensitivity import output_gradients, predicted_kl
 from weaver.models.accounting import LayerShape
 from weaver.models.loading import load_model
 from weaver.models.moe import MoEFeedForward
-from weaver.stages.calibrate import read_packed_tokens
-from weaver.stages.parents import Calibration
-from weaver.stages.profiling import kept_positions
-from weaver.stages.runner import StageContext
-from weaver.stages.splitter import LayerSplitter
+from weaver.rundir.inputs import Calibration, read_packed_tokens
+from weaver.rundir.stage_run import StageContext
 
 # Calibration tokens for the sensitivities, and as many others on which trial layers are built.
 SENSITIVITY_TOKENS = 2048
@@ -151,7 +150,7 @@ class Trial:
                 f"the profiles keep {positions_N.numel()} of {ids_WT.numel()} FFN inputs, none in "
                 "some windows",
                 why="trial layers are fitted on some windows and measured on others",
-                fix="calibrate with a larger --input-sample-mb",
+                fix="calibrate with a larger --set calibrate.input_sample_mb=512",
             )
         # Rows of the gradients are the tokens of the held-out windows, in order.
         slot_W = torch.zeros(windows, dtype=torch.int64).scatter(

@@ -18,18 +18,17 @@ from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout
 from weaver.config.loading import RunConfig
 from weaver.config.sections import ModelConfig, RouterConfig
+from weaver.conversion import domain_affinity
+from weaver.conversion.pareto import forecast_layouts
 from weaver.data import grouping
 from weaver.errors import WeaverError
 from weaver.evaluation.perplexity import perplexity
 from weaver.methods.registry import get_method
 from weaver.models.checkpoint import Checkpoint
-from weaver.stages import affinity
-from weaver.stages.calibrate import read_held_out, read_packed_tokens
+from weaver.rundir.inputs import affinity_path, open_partition, read_held_out, read_packed_tokens
+from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext
 from weaver.stages.estimate import estimate
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import affinity_path, open_partition
-from weaver.stages.pareto import forecast_layouts
-from weaver.stages.runner import StageContext
 
 DIVE = {"method": "dive", "sparsity": 0.5, "num_experts": 3, "options": {"affinity_windows": 2}}
 
@@ -77,7 +76,7 @@ def test_the_matrix_is_perplexity_of_models_pruned_by_flap(
         return layout
 
     shutil.copytree(finished / "calibrate", tmp_path / "run" / "calibrate")
-    monkeypatch.setattr(affinity, "get_method", lambda _: replace(flap, partition=noting))
+    monkeypatch.setattr(domain_affinity, "get_method", lambda _: replace(flap, partition=noting))
     again = run_stages(config(tiny_llama), tmp_path / "run", until="partition")["partition"]
     assert again.digest == read_manifest(finished / "partition", rebuild="").digest
     assert {group: len(layouts) for group, layouts in seen.items()} == dict.fromkeys(range(6), 4)
@@ -160,7 +159,7 @@ def test_rows_that_were_measured_are_not_measured_again(
             raise KeyboardInterrupt
         return perplexity(*arguments)
 
-    monkeypatch.setattr(affinity, "perplexity", stopping)
+    monkeypatch.setattr(domain_affinity, "perplexity", stopping)
     with pytest.raises(KeyboardInterrupt):
         run_stages(config(tiny_llama), calibrated, until="partition")
     rows = sorted((calibrated / "partition" / "affinity").glob("row_*"))
@@ -172,7 +171,7 @@ def test_rows_that_were_measured_are_not_measured_again(
         measured.append(1)
         return perplexity(*arguments)
 
-    monkeypatch.setattr(affinity, "perplexity", counting)
+    monkeypatch.setattr(domain_affinity, "perplexity", counting)
     run_stages(config(tiny_llama), calibrated, until="partition")
     assert len(measured) == 4 * 6
     assert [row.stat().st_mtime_ns for row in rows] == times
@@ -180,7 +179,7 @@ def test_rows_that_were_measured_are_not_measured_again(
     # Nor is a matrix that is complete.
     (calibrated / "partition" / MANIFEST).unlink()
     layer_path(calibrated / "partition", 2).unlink()
-    monkeypatch.setattr(affinity, "perplexity", lambda *_: pytest.fail("was measured again"))
+    monkeypatch.setattr(domain_affinity, "perplexity", lambda *_: pytest.fail("was measured again"))
     run_stages(config(tiny_llama), calibrated, until="partition")
 
 
@@ -270,7 +269,7 @@ def test_a_refit_and_a_pareto_front_are_refused(finished: Path, tiny_llama: Path
         run_stages(refit, finished, until="build-router")
     assert refit.router == RouterConfig(refit=True)
     with pytest.raises(WeaverError, match="method dive has experts of one width"):
-        forecast_layouts(StageContext(finished), config(tiny_llama).partition)
+        forecast_layouts(StageContext(finished), config(tiny_llama).partition, RouterConfig())
 
 
 def test_the_table_and_the_flags(finished: Path) -> None:

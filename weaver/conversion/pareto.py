@@ -1,4 +1,4 @@
-"""``partition --pareto``: the predicted quality and speed of several layouts, none of them written.
+"""``pareto``: the predicted quality and speed of several layouts, none of them written.
 
 Every layout gives each layer the same number of active neurons; its layers are converted one by one
 on the dense model's profiles, also where the method itself is sequential.
@@ -11,18 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weaver.config.sections import PartitionConfig
+from weaver.config.sections import PartitionConfig, RouterConfig
+from weaver.conversion.layer_budgets import refuse_experts
+from weaver.conversion.partition_settings import resolve_settings
+from weaver.conversion.splitter import LayerSplitter
+from weaver.conversion.trials import Trial, try_layers
 from weaver.errors import WeaverError
 from weaver.methods.allocation import active_neurons
-from weaver.methods.registry import get_method, resolve_options
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
-from weaver.stages.budget import refuse_experts
-from weaver.stages.converted import account_of
-from weaver.stages.parents import open_calibration
-from weaver.stages.partition import resolve
-from weaver.stages.runner import StageContext
-from weaver.stages.splitter import LayerSplitter
-from weaver.stages.trials import Trial, try_layers
+from weaver.rundir.converted_model import account_of
+from weaver.rundir.inputs import open_calibration
+from weaver.rundir.stage_run import StageContext
 
 # Ne that are compared, besides the configured one.
 NUM_EXPERTS = (8, 16, 32, 64)
@@ -54,7 +53,10 @@ class Forecast:
 
 
 def forecast_layouts(
-    context: StageContext, config: PartitionConfig, calibration_folder: Path | None = None
+    context: StageContext,
+    config: PartitionConfig,
+    router: RouterConfig,
+    calibration_folder: Path | None = None,
 ) -> list[Forecast]:
     """Try the configured method with several numbers of experts, all layers of equal size.
 
@@ -65,6 +67,7 @@ def forecast_layouts(
         context: run directory, seed, progress.
         config: method, sparsity, width multiple and options; of the allocation and of sequential
             profiles nothing is predicted.
+        router: router and compensation.
         calibration_folder: a calibrate folder of another run; default: this run's own.
     Returns:
         The layouts by ascending Ne.
@@ -72,36 +75,36 @@ def forecast_layouts(
         WeaverError: the method is static, there is no finished calibration or only one window of
             it, the model has experts already, unknown method or options, or no layout can be made.
     """
-    spec = get_method(config.method)
+    settings = resolve_settings(config, router)
+    spec = settings.spec
     if spec.is_static:
         raise WeaverError(
             f"method {spec.name} is static",
-            why="--pareto compares numbers of experts, and a static method has none",
-            fix="--method weave, or leave --pareto out",
+            why="pareto compares numbers of experts, and a static method has none",
+            fix="--method weave, whose experts are slices",
         )
     if spec.prunes_groups:
         raise WeaverError(
             f"method {spec.name} has experts of one width, whatever their number",
-            why="--pareto compares slices of the FFN of different widths",
-            fix="--method weave, or leave --pareto out",
+            why="pareto compares slices of the FFN of different widths",
+            fix="--method weave, whose experts are slices",
         )
-    options = resolve_options(spec, config.options)
     calibration = open_calibration(calibration_folder or context.folder("calibrate"))
-    refuse_experts(calibration.checkpoint, "--pareto", "leave it out")
-    resolved = resolve(config, spec, options)
-    assert resolved.num_experts is not None
+    refuse_experts(calibration.checkpoint, "pareto", "leave it out")
+    configured = settings.config.num_experts
+    assert configured is not None
     found: list[Forecast] = []
     refused: dict[int, WeaverError] = {}
     layouts: list[tuple[LayerSplitter, int]] = []
-    for count in sorted({*NUM_EXPERTS, resolved.num_experts}):
-        layout = resolved.model_copy(update={"num_experts": count})
-        with _noting(context, count, refused):
-            splitter = LayerSplitter(calibration, layout, spec, options, context.seed)
+    for count in sorted({*NUM_EXPERTS, configured}):
+        layout = settings.config.model_copy(update={"num_experts": count})
+        with _skipping_refused(context, count, refused):
+            splitter = LayerSplitter(calibration, replace(settings, config=layout), context.seed)
             layouts.append((splitter, _uniform(splitter)))
     if layouts:
         trial = Trial.prepare(context, calibration)
         for splitter, active in layouts:
-            with _noting(context, splitter.num_experts, refused):
+            with _skipping_refused(context, splitter.num_experts, refused):
                 found.append(_forecast(context, splitter, trial, active))
     if not found:
         raise _nothing_fits(refused)
@@ -129,7 +132,9 @@ def pareto_optimal(points: Sequence[tuple[float, Sequence[float]]]) -> list[bool
 
 
 @contextmanager
-def _noting(context: StageContext, count: int, refused: dict[int, WeaverError]) -> Iterator[None]:
+def _skipping_refused(
+    context: StageContext, count: int, refused: dict[int, WeaverError]
+) -> Iterator[None]:
     """A layout that cannot be made is said and kept in ``refused``; the others go on."""
     try:
         yield

@@ -15,10 +15,9 @@ from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import register
 from weaver.models.loading import load_model
 from weaver.models.sites import read_shape, site_shapes
-from weaver.models.writing import INDEX_FILE
-from weaver.stages.finished import parent
-from weaver.stages.parents import open_model
-from weaver.stages.runner import REQUEST, StageContext
+from weaver.rundir.inputs import open_model
+from weaver.rundir.stage_folders import finished_stage
+from weaver.rundir.stage_run import StageContext
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _newest(context: StageContext, *, finetuned: bool) -> tuple[str, Path, Stage
     stage = "assemble"
     if finetuned and (context.folder("finetune") / MANIFEST).exists():
         stage = "finetune"
-    manifest, ref = parent(context.folder(stage), stage)
+    manifest, ref = finished_stage(context.folder(stage), stage)
     folder = context.folder(stage) / ("model" if stage == "finetune" else "")
     return stage, folder, manifest, ref
 
@@ -108,19 +107,3 @@ def account_of(checkpoint: Checkpoint, shapes: list[LayerShape]) -> ModelAccount
         sites=checkpoint.dense_ffns() if checkpoint.is_moe else (),
         outer_flops=checkpoint.outer_flops(),
     )
-
-
-def companions(folder: Path) -> list[Path]:
-    """List the files that belong to a converted model's weights: tokenizer, generation config.
-
-    ``config.json`` and the model card, which say what the model is, are not among them.
-    """
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COMPANIONS
-    ]
-
-
-# The stage's own files, the index of the weights, and what every copy writes for itself.
-_NOT_COMPANIONS = (REQUEST, MANIFEST, INDEX_FILE, "config.json", "README.md")

@@ -20,8 +20,8 @@ from weaver.errors import WeaverError
 from weaver.methods.base import MethodSpec
 from weaver.methods.compensation import CompensationPlan, solve_compensation
 from weaver.methods.registry import get_router
-from weaver.stages.finished import layer_path
-from weaver.stages.parents import COMPENSATION_FOLDER, read_compensation, read_router
+from weaver.rundir.inputs import COMPENSATION_FOLDER, read_compensation, read_router
+from weaver.rundir.stage_folders import layer_path
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from weaver.artifacts.affinity import Affinity
+from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
 from weaver.config.sections import CalibrateConfig, ModelConfig, RouterConfig
+from weaver.data.grouping import GroupWindows
+from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
-from weaver.models.checkpoint import DTYPES, Checkpoint
-from weaver.stages.finished import layer_path, parent
+from weaver.models.checkpoint import Checkpoint
+from weaver.rundir.stage_folders import finished_stage, layer_path
 
+# Files of a calibration: its text.
+TOKENS_FILE = "tokens.safetensors"
+HELD_OUT_FILE = "held_out.safetensors"
 # Folders of a sequential partition: its profiles, and the routers it propagated. Compensations lie
 # in a folder beside the routers they belong to.
 PROFILE_FOLDER = "profile"
@@ -63,6 +69,11 @@ class Partition:
     calibration: Calibration
 
     @property
+    def seed(self) -> int:
+        """Root of its randomness."""
+        return self.manifest.request.seed
+
+    @property
     def sequential(self) -> bool:
         """Whether the layers were profiled behind converted layers."""
         return bool(self.manifest.request.config["sequential"])
@@ -100,7 +111,7 @@ def open_calibration(folder: Path) -> Calibration:
     Raises:
         WeaverError: it has not finished, or its model or tokenizer has changed since.
     """
-    manifest, ref = parent(folder, "calibrate")
+    manifest, ref = finished_stage(folder, "calibrate")
     known = manifest.model
     checkpoint = open_model(known)
     found = checkpoint.identity(known)
@@ -117,6 +128,16 @@ def open_calibration(folder: Path) -> Calibration:
     return Calibration(folder, manifest, ref, checkpoint)
 
 
+def read_packed_tokens(folder: Path) -> PackedTokens:
+    """The packed tokens of a finished calibrate stage."""
+    return read_record(folder / TOKENS_FILE, PackedTokens)
+
+
+def read_held_out(folder: Path) -> GroupWindows:
+    """The held-out windows of a finished calibrate stage that keeps groups apart."""
+    return read_record(folder / HELD_OUT_FILE, GroupWindows)
+
+
 def open_model(identity: ModelIdentity) -> Checkpoint:
     """The dense model that an artifact was made from."""
     return Checkpoint(
@@ -130,7 +151,7 @@ def open_partition(folder: Path) -> Partition:
     Raises:
         WeaverError: either has not finished, or the calibration changed after the partition.
     """
-    manifest, ref = parent(folder, "partition")
+    manifest, ref = finished_stage(folder, "partition")
     named = manifest.request.inputs["calibrate"].path
     calibration = open_calibration((folder.parent / named).resolve())
     return Partition(folder, manifest, ref, calibration)

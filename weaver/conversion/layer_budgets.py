@@ -11,15 +11,15 @@ import torch
 
 from weaver.algorithms.energy import centred_energy
 from weaver.artifacts.store import read_json, write_json
+from weaver.conversion.splitter import LayerSplitter
+from weaver.conversion.trials import Trial, try_layers
 from weaver.errors import WeaverError
 from weaver.methods.allocation import adaptive_active_neurons
 from weaver.methods.budget import ErrorCurve, allocate_slices
 from weaver.methods.registry import get_router
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
-from weaver.stages.runner import StageContext
-from weaver.stages.splitter import LayerSplitter
-from weaver.stages.trials import Trial, try_layers
+from weaver.rundir.stage_run import StageContext
 
 BUDGET_FILE = "budget.json"
 
@@ -120,9 +120,8 @@ class Slices:
         """The slices of a method."""
         neurons, experts = splitter.checkpoint.intermediate_size, splitter.num_experts
         if experts:
-            assert splitter.config.propagate is not None
-            assert splitter.config.propagate.kind is not None
-            kind = get_router(splitter.config.propagate.kind).kind
+            assert splitter.settings.router.kind is not None
+            kind = get_router(splitter.settings.router.kind).kind
             router_rows = LayerShape(0, experts, splitter.width, 1, kind).router_rows
             return cls(neurons, experts, splitter.width, router_rows)
         count = min(STATIC_SLICES, neurons)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weaver.cli.levels import by_level
+from weaver.cli.show_two_level import by_level
 
 
 def test_rows_of_a_dense_model_stay() -> None:

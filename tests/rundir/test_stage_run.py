@@ -11,15 +11,15 @@ import pytest
 from tiny_runs import file_times, fork_weaver, run_config, run_stages, run_weaver, stage_digests
 
 from weaver.artifacts.manifest import MANIFEST, SCHEMA_VERSION
+from weaver.config.sections import RouterConfig
 from weaver.errors import WeaverError
-from weaver.stages.finished import stage_command
-from weaver.stages.inspection import inspect_run
-from weaver.stages.lock import locked
+from weaver.rundir.inspection import inspect_run
+from weaver.rundir.lock import locked
+from weaver.rundir.stage_folders import stage_command
+from weaver.rundir.stage_run import REQUEST, StageContext
+from weaver.stages.build_router import build_routers
 from weaver.stages.pipeline import plan_pipeline, stage_calls
-from weaver.stages.runner import REQUEST, StageContext
 
-# What the partition of the finished run was made with, whatever router is asked for later.
-KEPT = {"propagate": {"kind": "representative"}}
 FINETUNE = {"steps": 2, "batch_size": 1, "sequence_length": 32}
 
 
@@ -157,16 +157,14 @@ def test_what_a_stage_writes_may_be_read_by_those_who_may_read_a_new_file(finish
     assert len(modes) == 1
 
 
-def test_a_stage_that_wrote_nothing_yet_does_not_hold_its_configuration(
-    run_dir: Path, tiny_llama: Path
-) -> None:
+def test_a_stage_that_wrote_nothing_yet_does_not_hold_its_configuration(run_dir: Path) -> None:
     """A stage that failed at once (say, a bad option) can be asked again with another one."""
     for path in (run_dir / "router").iterdir():
         if path.name != REQUEST:
             path.unlink()
     shutil.rmtree(run_dir / "model")
 
-    _rerun(run_dir, tiny_llama, router={"kind": "random"}, partition=KEPT)
+    build_routers(StageContext(run_dir), RouterConfig(kind="random"))
 
     request = json.loads((run_dir / "router" / REQUEST).read_text())
     assert request["config"]["kind"] == "random"
@@ -280,11 +278,11 @@ def test_a_missing_parent_names_the_command_that_makes_it(tiny_llama: Path, tmp_
         assert caught.value.fix == stage_command(parent, tmp_path)
 
 
-def test_an_unknown_router_leaves_nothing_behind(run_dir: Path, tiny_llama: Path) -> None:
+def test_an_unknown_router_leaves_nothing_behind(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "router")
 
     with pytest.raises(WeaverError, match="unknown router 'nonesuch'"):
-        _rerun(run_dir, tiny_llama, router={"kind": "nonesuch"}, partition=KEPT)
+        build_routers(StageContext(run_dir), RouterConfig(kind="nonesuch"))
 
     assert not (run_dir / "router").exists()
 

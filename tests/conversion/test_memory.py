@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weaver.stages.memory import available_memory
+from weaver.conversion.memory import available_memory
 
 GIB = 2**30
 

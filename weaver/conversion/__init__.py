@@ -1,0 +1,1 @@
+"""The conversion of one FFN: its profile, split, router, and trials of it."""

@@ -1,0 +1,1 @@
+"""A run directory: its stages' folders, its lock, and whether a stage has to run."""
