@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class WeaverError(Exception):
     """An error with the three lines a user needs: what, why and fix.
@@ -20,3 +22,22 @@ class WeaverError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+def require_extra(package: str, extra: str, what: str) -> None:
+    """Check that a package is there which only one of weaver's extras installs.
+
+    Args:
+        package: as it is imported.
+        extra: that installs it.
+        what: needs it.
+
+    Raises:
+        WeaverError: it is missing.
+    """
+    if find_spec(package) is None:
+        raise WeaverError(
+            f"{what} needs the package {package}",
+            why=f"it is installed with weaver's extra {extra} alone",
+            fix=f"pip install 'weaver-moe[{extra}]'",
+        )

@@ -334,9 +334,9 @@ def test_llama_cpp_is_asked_only_where_it_is(
         with pytest.raises(WeaverError, match=r"broken\.gguf: llama\.cpp cannot load it"):
             ask()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(WeaverError, match=r"llama\.cpp is needed to check it") as caught:
+    with pytest.raises(WeaverError, match=r"broken\.gguf needs the package xllamacpp") as caught:
         greedy(path, [1], 1)
-    assert caught.value.fix == "pip install xllamacpp"
+    assert caught.value.fix == "pip install 'weaver-moe[gguf]'"
 
 
 def test_tokens_that_the_model_does_not_have(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def cache_folder() -> Path:
@@ -22,7 +23,6 @@ def cache_lock(name: str) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     cache_folder().mkdir(parents=True, exist_ok=True)
-    with (cache_folder() / f"{name}.lock").open("w") as file:
-        # Released by the system when a process ends in whatever way.
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # Released by the system when a process ends in whatever way.
+    with FileLock(cache_folder() / f"{name}.lock"):
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
 
 _OPTIONS = ("split", "text")
 
@@ -41,6 +41,7 @@ def hub_rows(location: str) -> tuple[str, Iterator[dict[str, Any]]]:
 
 
 def _stream(name: str, config: str | None, split: str, location: str) -> Iterator[dict[str, Any]]:
+    require_extra("datasets", "data", location)
     import datasets
 
     # datasets, the hub client and the file readers each raise their own kinds of error.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weaver.data.hub import hub_rows
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
 
 BUILTIN = {"calibration": "calibration", "held-out": "held_out"}
 TEXT_DOCUMENT_CHARACTERS = 4000
@@ -226,6 +226,7 @@ def _read_json(path: Path) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
+    require_extra("pyarrow", "data", str(path))
     from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:

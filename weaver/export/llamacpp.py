@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
 
 # llama.cpp reports no probabilities for a token that ends inside a UTF-8 character. They are those
 # before sampling, so what is sampled then is held to ASCII; or to nothing, the end of the text.
@@ -92,14 +92,9 @@ def tokenise(gguf: Path, texts: Sequence[str]) -> list[list[int]]:
 
 def _server(gguf: Path, tokens: int) -> Any:
     """llama.cpp with one file, for texts of up to a number of tokens."""
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise WeaverError(
-            f"{gguf}: llama.cpp is needed to check it",
-            why="the package xllamacpp is not installed",
-            fix="pip install xllamacpp",
-        ) from error
+    require_extra("xllamacpp", "gguf", f"a check of {gguf}")
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx = tokens + 1

@@ -26,7 +26,7 @@ from transformers import (
 
 from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.store import read_json, write_error
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
 
 GGUF_MAGIC = b"GGUF"
 # What was dequantised, written into the folder so that another file is never mistaken for it.
@@ -53,6 +53,7 @@ def dequantise(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat
             ``out_dir`` holds something else; or the folder cannot be written.
     """
     _check_magic(gguf_path)
+    require_extra("gguf", "gguf", str(gguf_path))
     source = _source(gguf_path, dtype)
     if out_dir.exists() and not _is_empty_folder(out_dir):
         _check_existing(out_dir, source)

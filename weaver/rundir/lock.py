@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from weaver.artifacts.store import atomic_path, write_error
 from weaver.errors import WeaverError
@@ -23,16 +24,17 @@ def locked(run_dir: Path) -> Iterator[None]:
         with atomic_path(run_dir / ".writable") as probe:
             probe.touch()
         (run_dir / ".writable").unlink(missing_ok=True)
-        handle = (run_dir / ".lock").open("a")
+        lock = FileLock(run_dir / ".lock", blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise WeaverError(
+            f"{run_dir}: another weaver process is at work here",
+            why="two processes in one run directory would overwrite each other",
+            fix="wait for it, or use another --run-dir",
+        ) from error
     except OSError as error:
         raise write_error(run_dir, error) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WeaverError(
-                f"{run_dir}: another weaver process is at work here",
-                why="two processes in one run directory would overwrite each other",
-                fix="wait for it, or use another --run-dir",
-            ) from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -15,11 +15,10 @@ from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, write_json
 from weaver.config.sections import ExportConfig, VerifyConfig
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
 from weaver.export.attention import save_config
 from weaver.export.base import Source, StockModel
 from weaver.export.features import approximated
-from weaver.export.gguf import check_gguf, write_gguf
 from weaver.export.registry import GGUF, NAMES, OWN, check, choose, obstacles, stock_target
 from weaver.export.remote_code import add_remote_code
 from weaver.models.converted_folder import ConvertedCheckpoint, ConvertedLayer
@@ -90,6 +89,7 @@ def plan_export(context: StageContext, config: ExportConfig, out: Path | None = 
     target, reason = (config.target, "as asked") if config.target else choose(checkpoint, dtype)
     _check_options(target, config)
     if target == GGUF:
+        require_extra("gguf", "gguf", "a GGUF export")
         # Its tensors are quantised from float32, whatever the model is stored in.
         dtype = torch.float32
     found = [] if target == OWN else obstacles(target, checkpoint, dtype)
@@ -197,6 +197,8 @@ def _stock_model(context: StageContext, plan: ExportPlan) -> StockModel:
     source = _source(plan, lambda layer: partition.profile(layer).ffn_inputs_ND)
     stock = stock_target(plan.target).build(source)
     if plan.target == GGUF:
+        from weaver.export.gguf import check_gguf
+
         check_gguf(stock.config, plan.converted.folder)
     return stock
 
@@ -215,6 +217,8 @@ def _write_stock(
         _write_weights(context, plan, stock.parts)
         _write_companions(plan, partial(save_config, stock.config))
         return stock_loading(stock.config.model_type), facts
+    from weaver.export.gguf import write_gguf
+
     with context.progress(STAGE, len(stock.parts)) as advance:
         write_gguf(
             plan.folder / plan.file,

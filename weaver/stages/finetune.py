@@ -18,7 +18,7 @@ from weaver.artifacts.store import disk_errors, values_digest
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.data.holdout import hold_out
 from weaver.data.packing import read_windows, separators
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
 from weaver.kernels.machine import cpu_features
 from weaver.models.writing import Part, copy_companions, parse_size, write_shards
 from weaver.report.tracking import tracking
@@ -66,6 +66,8 @@ def finetune(
     converted = open_converted(context, finetuned=False)
     tokenizer = converted.dense.tokenizer()
     phases = resolve_phases(config)
+    if any(phase.lora is not None and "attention" in phase.lora.targets for phase in phases):
+        require_extra("peft", "finetune", "trainable: lora of the attention")
     workers = Workers.join(_precision(config), sharded=shard)
     _check_batches(phases, workers)
     texts, held_out_WT = _texts(context, config, phases, tokenizer)
