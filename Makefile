@@ -1,6 +1,7 @@
 # make demo        sets everything up, converts a real model and prints a table
 # make test        sets everything up and runs the tests
 # make quality     ruff, mypy, import-linter
+# make docs        the documents and the API reference as a site in build/site, links checked
 # make results     docs/results.md, docs/tasks.md, docs/prediction.md  (DATA_DIR=folder of texts)
 # make pacing      docs/pacing.md                                      (DATA_DIR=folder of texts)
 # make recovery    docs/recovery.md, docs/dive_results.md, docs/downcycling.md
@@ -17,7 +18,7 @@ WEAVER := $(VENV)/bin/weaver
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: help demo test quality results pacing recovery benchmarks exports bench-gpu clean
+.PHONY: help demo test quality docs results pacing recovery benchmarks exports bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -37,6 +38,9 @@ quality: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 results: $(INSTALLED) $(MODEL)/config.json
 	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)

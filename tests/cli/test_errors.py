@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,12 +26,13 @@ from tiny_runs import (
 from typer.testing import CliRunner, Result
 
 import weaver.cli.app
-from weaver.artifacts.manifest import SCHEMA_VERSION
+from weaver.artifacts.manifest import SCHEMA_VERSION, read_manifest
 from weaver.errors import WeaverError
 
 COMMANDS = [
     *("convert", "calibrate", "partition", "build-router", "assemble"),
-    *("finetune", "generate", "eval", "bench", "run", "inspect"),
+    *("finetune", "generate", "eval", "bench", "run", "inspect", "export", "verify"),
+    *("pareto", "bench-layer", "push"),
 ]
 CALIBRATE = ("--tokens", "512", "--sequence-length", "64")
 
@@ -381,6 +383,21 @@ def test_inspect_exits_1_when_something_is_damaged(calibrated: Path) -> None:
     assert good.exit_code == 0
     assert bad.exit_code == 1
     assert "damaged" in bad.output
+
+
+def test_inspect_as_json(calibrated: Path) -> None:
+    (row,) = json.loads(_invoke("inspect", calibrated, "--json").stdout)
+    manifest = read_manifest(calibrated / "calibrate", rebuild="")
+    assert (row["stage"], row["state"], row["digest"]) == ("calibrate", "complete", manifest.digest)
+    assert row["summary"] == manifest.summary
+
+
+def test_nothing_is_cut_off_in_a_pipe(calibrated: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    command = [sys.executable, "-m", "weaver", "inspect", str(calibrated)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "…" not in done.stdout
+    assert read_manifest(calibrated / "calibrate", rebuild="").finished_at in done.stdout
 
 
 def test_help_and_version_start_without_torch() -> None:

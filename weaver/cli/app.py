@@ -25,6 +25,7 @@ from weaver.cli import (
     inspect,
     pareto,
     partition,
+    push,
     run,
     verify,
 )
@@ -133,6 +134,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "export": export.export,
         "verify": verify.verify,
         "inspect": inspect.inspect,
+        "push": push.push,
     },
     "Before deciding": {"pareto": pareto.pareto, "bench-layer": bench.bench_layer},
 }

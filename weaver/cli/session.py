@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
     from weaver.rundir.stage_run import StageContext
 
-console = Console(highlight=False, soft_wrap=True)
+# Columns where nobody looks at a terminal: no cell of a table is cut off in a file or a pipe.
+PIPE_COLUMNS = 240
+
+
+def _columns() -> int | None:
+    """Width of the output; None for that of the terminal, or what COLUMNS says."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
+
+
+console = Console(highlight=False, soft_wrap=True, width=_columns())
 
 
 def make_context(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from weaver.artifacts.record import TensorRecord
+from weaver.data.chat import read_texts
 from weaver.data.packing import PackedTokens, Sample, by_group, group_samples
-from weaver.data.sources import DataSpec, read_documents
+from weaver.data.sources import DataSpec
 from weaver.errors import WeaverError
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def pack_groups(
             a window per group, or a group has too little text.
     """
     _require_no_weights(specs)
-    documents = [document for spec in specs for document in read_documents(spec.location, data_dir)]
+    documents = [
+        document for spec in specs for document in read_texts(spec.location, tokenizer, data_dir)
+    ]
     groups = by_group(documents)
     names = [members[0].group for members in groups]
     each = _windows_each(names, tokens, sequence_length)

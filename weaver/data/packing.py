@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from weaver.artifacts.record import TensorRecord
-from weaver.data.sources import DataSpec, Document, parse_data_spec, read_documents
+from weaver.data.chat import read_texts
+from weaver.data.sources import DataSpec, Document, parse_data_spec
 from weaver.errors import WeaverError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def pack(
     shares = _shares(specs, tokens // sequence_length * sequence_length)
     samples: list[Sample] = []
     for spec, share in zip(specs, shares, strict=True):
-        documents = read_documents(spec.location, data_dir)
+        documents = read_texts(spec.location, tokenizer, data_dir)
         generator = random.Random(f"{seed}:{spec.location}")
         taken = _take(documents, tokenizer, generator, share, sequence_length)
         _require_share(spec, specs, taken, share, sequence_length)
@@ -144,7 +145,7 @@ def read_windows(
     documents = [
         document
         for text in texts
-        for document in read_documents(parse_data_spec(text).location, data_dir)
+        for document in read_texts(parse_data_spec(text).location, tokenizer, data_dir)
     ]
     return windows(documents, tokenizer, sequence_length=sequence_length, limit=limit)
 

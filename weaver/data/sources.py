@@ -40,10 +40,17 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text and the task or domain it belongs to."""
+    """One piece of text and the task or domain it belongs to.
+
+    Args:
+        text: of a conversation what is said in it, until a chat template makes it text.
+        group: the task or domain.
+        messages: of a conversation, with ``role`` and ``content``.
+    """
 
     text: str
     group: str
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 def parse_data_spec(text: str) -> DataSpec:
@@ -80,11 +87,11 @@ def read_documents(location: str, data_dir: Path | None) -> list[Document]:
     """Read every document of a location, in a fixed order.
 
     Rows (.jsonl, .json, .parquet, hub) take their text from ``text``, from ``prompt`` and
-    ``completion``, or from ``context`` and ``continuation``, and their group from ``task``,
-    ``domain`` or ``group``, else from the file's stem. A .txt file is cut at blank lines into
-    documents of about 4,000 characters. A .raw file is one document in WikiText's raw layout. Rows
-    without any visible character are skipped. Of a folder, the files directly inside are read by
-    name. From the hub, at most ``HF_DOCUMENT_LIMIT`` documents are read.
+    ``completion``, from ``context`` and ``continuation``, or from ``messages`` (a conversation),
+    and their group from ``task``, ``domain`` or ``group``, else from the file's stem. A .txt file
+    is cut at blank lines into documents of about 4,000 characters. A .raw file is one document in
+    WikiText's raw layout. Rows without any visible character are skipped. Of a folder, the files
+    directly inside are read by name. From the hub, at most ``HF_DOCUMENT_LIMIT`` documents come.
 
     Args:
         location: see above; a relative path is looked for in the current folder, then ``data_dir``.
@@ -270,17 +277,29 @@ def _document(row: Any, default_group: str, where: str) -> Document:
             why="a row is an object with a text field",
             fix='write rows such as {"text": "..."}',
         )
-    text = _row_text(row)
+    messages = _messages(row.get("messages"))
+    text = "\n".join(each["content"] for each in messages) if messages else _row_text(row)
     if text is None:
         raise WeaverError(
             f"{where}: has no text; its keys are {', '.join(map(str, row)) or 'none'}",
-            why="text is taken from text, from prompt and completion, or from context and "
-            "continuation",
+            why="text is taken from text, from prompt and completion, from context and "
+            "continuation, or from messages with a role and a content",
             fix="rename the field that holds the text to text",
         )
     labels = (row.get(field) for field in GROUP_FIELDS)
     group = next((str(label) for label in labels if isinstance(label, str | int)), default_group)
-    return Document(text, group)
+    return Document(text, group, messages)
+
+
+def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """The messages of a conversation; none where the row holds something else."""
+    if not isinstance(value, list):
+        return ()
+    whole = all(
+        isinstance(each, Mapping) and all(isinstance(each.get(k), str) for k in ("role", "content"))
+        for each in value
+    )
+    return tuple(value) if whole else ()
 
 
 def _row_text(row: Mapping[str, Any]) -> str | None:

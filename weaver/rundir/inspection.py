@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weaver.artifacts.manifest import MANIFEST, StageManifest, read_manifest
 from weaver.artifacts.store import file_digest
@@ -31,6 +32,20 @@ class StageState:
     note: str
     manifest: StageManifest | None
     size: int
+
+    def row(self) -> dict[str, Any]:
+        """The state as values of JSON, with the summary of a complete stage."""
+        row: dict[str, Any] = {
+            "stage": self.stage,
+            "folder": str(self.folder),
+            "state": self.state,
+            "note": self.note,
+            "bytes": self.size,
+        }
+        if self.manifest is not None:
+            fields = {"digest", "seconds", "peak_memory_bytes", "finished_at", "summary"}
+            row |= self.manifest.model_dump(mode="json", include=fields)
+        return row
 
 
 def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:
