@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weaver.rundir.stage_run import StageContext
 
 S = TypeVar("S", bound=Section)
+# As in weaver.stages.pipeline, which imports torch; help, which evaluates signatures, must not.
 StageCall = Callable[["StageContext"], "StageManifest"]
 
 

@@ -83,8 +83,9 @@ class Pacer:
 
     With ``n_lt`` the experts that token t uses in layer l, and ``K_lt`` those given to its place,
     the overspending that layer l sees is that of the layers before it, over the sequence's earlier
-    tokens: ``o_lt = sum_{l' < l} sum_{s < t} u_l' (n_l's / K_l's - 1) / (t + P)`` layers per token,
-    with ``u_l = K_l N_l`` over its mean and P ``PRIOR_TOKENS``. Layer l saves a part of its experts
+    tokens: ``o_lt = sum_{l' < l} sum_{s < t} N_l' (n_l's - K_l's) / (C (t + P))`` layers per token,
+    with C the mean of ``K_l N_l`` over layers, ``u_l = K_l N_l / C`` and P ``PRIOR_TOKENS``. Layer
+    l saves a part of its experts
 
     ``save_lt = f (o_lt + sum_{l' < l} u_l' save_l't) / (sum_{l' < l} u_l' + Y)
     + o_lt / (sum_{l' >= l} u_l' + X)``
