@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def test_the_card_says_how_to_load_it(run_dir: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "transformers' own `glm4_moe`" in card
     assert "import weaver" not in card
+
+
+def test_a_missing_package_is_said_before_anything_is_written(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(WeaverError, match="a GGUF export needs the package gguf") as caught:
+        plan_export(StageContext(run_dir), ExportConfig(target="gguf"), tmp_path / "out")
+    assert caught.value.fix == "pip install 'weaver-moe[gguf]'"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_export_is_skipped_and_another_one_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,17 @@ def test_another_phase_is_named_when_it_is_refused(tiny_llama: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_missing_package_is_said_before_anything_is_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = run_config(tiny_llama, finetune={**SHORT, **GUARD, "trainable": "lora"})
+    with pytest.raises(WeaverError, match="lora of the attention needs the package peft") as caught:
+        run_stages(config, tmp_path, until="finetune")
+    assert caught.value.fix == "pip install 'weaver-moe[finetune]'"
+    assert not (tmp_path / "finetune").exists()
+
+
 def test_a_training_that_diverges_leaves_its_best_weights(tiny_llama: Path, tmp_path: Path) -> None:
     finetune = {**GUARD, **SHORT, "steps": 30, "learning_rate": 1e30, "checkpoint_every": 2}
     path = write_config(tmp_path / "run.yaml", run_values(tiny_llama, finetune=finetune))
