@@ -21,6 +21,7 @@ from transformers import (
 from weaver.errors import WeaverError
 from weaver.models import gguf as gguf_input
 from weaver.models.gguf import SOURCE_FILE, dequantise, is_dequantised
+from weaver.stages.model_card import base_license
 
 HEADS = 4
 KEY_VALUE_HEADS = 2
@@ -94,6 +95,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
+    writer.add_license("apache-2.0")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -133,6 +135,7 @@ def test_logits_are_those_of_the_quantised_weights(
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert loaded.generation_config.eos_token_id == 257
+    assert base_license(folder) == "apache-2.0"
 
 
 def test_the_folder_is_an_ordinary_model(

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from weaver.artifacts.store import canonical_json, read_json, text_digest, write_json
 from weaver.errors import WeaverError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
+# The model card is no part of a result: eval completes it, and no stage reads it.
+CARD = "README.md"
 _PACKAGES = ("weaver-moe", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 

@@ -128,6 +128,11 @@ class ModelQuality(Record):
     ffn_flops_per_token: int = Field(ge=0)
     tasks: dict[str, TaskResult] = {}
 
+    @property
+    def task_metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of each task."""
+        return {name: task.metrics for name, task in self.tasks.items()}
+
 
 class RouterScores(Record):
     """Router fidelity and partition stability, of one layer or as means over layers.

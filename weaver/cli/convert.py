@@ -7,9 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from weaver.cli.options import Calibration, ConfigFile, Data, DataDir, Force, Overrides, Seed
-from weaver.cli.session import console, make_context
-from weaver.cli.show import show_manifest
+from weaver.cli.options import (
+    AsJson,
+    Calibration,
+    ConfigFile,
+    Data,
+    DataDir,
+    Force,
+    Overrides,
+    Quiet,
+    Seed,
+)
+from weaver.cli.session import Output, console, make_context
 from weaver.config.loading import load_run_config
 
 
@@ -33,6 +42,8 @@ def convert(
     seed: Seed = None,
     force: Force = False,
     data_dir: DataDir = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a model: every stage from calibrate to assemble that is missing."""
     flags: dict[str, dict[str, Any]] = {
@@ -43,11 +54,16 @@ def convert(
     settings = load_run_config(config, overrides or [], flags, seed)
     from weaver.stages.pipeline import conversion_calls, run_pipeline
 
-    context = make_context(out, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir)
+    output = Output(quiet, as_json)
+    context = make_context(
+        out, output, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir
+    )
     run_pipeline(
         context,
         conversion_calls(settings, calibration),
-        lambda stage, manifest: show_manifest(console, stage, manifest, context.folder(stage)),
+        lambda stage, manifest: output.stage(stage, manifest, context.folder(stage)),
     )
-    console.print(f"model: {out / 'model'}", markup=False)
-    console.print(f'try it: weaver generate {out} "The whale"', markup=False)
+    output.finish(single=False)
+    if output.shows_tables:
+        console.print(f"model: {out / 'model'}", markup=False)
+        console.print(f'try it: weaver generate {out} "The whale"', markup=False)

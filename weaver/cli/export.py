@@ -17,9 +17,10 @@ SPELLED = {
     "approximate": "--approximate",
     "remote_code": "--remote-code",
 }
+SHARED = ("force", "dry_run", "quiet", "as_json")
 
 
-@section_command("export", ExportConfig, FLAGS, spelled=SPELLED, shared=("force", "dry_run"))
+@section_command("export", ExportConfig, FLAGS, spelled=SPELLED, shared=SHARED)
 def export(
     settings: ExportConfig,
     options: SharedOptions,
@@ -35,4 +36,4 @@ def export(
 
     context = options.context(run_dir)
     plan = plan_export(context, settings, out)
-    run_stage(context, "export", lambda c: stage(c, plan), plan.folder)
+    run_stage(context, options.output, "export", lambda c: stage(c, plan), plan.folder)

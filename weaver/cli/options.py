@@ -42,3 +42,9 @@ Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help="A calibrate folder of another run, instead of this one's."),
 ]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors and warnings alone, no progress.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON with the summary instead of tables.")
+]

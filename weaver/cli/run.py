@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.options import Calibration, DataDir, Force, Overrides, RunDir
-from weaver.cli.session import console, make_context
-from weaver.cli.show import show_manifest, show_plan, show_results
+from weaver.cli.options import AsJson, Calibration, DataDir, Force, Overrides, Quiet, RunDir
+from weaver.cli.session import Output, console, make_context
+from weaver.cli.show import show_plan, show_results
 from weaver.config.loading import RunConfig, load_run_config
 
 if TYPE_CHECKING:
-    from weaver.artifacts.manifest import StageManifest
     from weaver.stages.pipeline import PlannedStage
 
 
@@ -30,32 +31,41 @@ def run(
         ),
     ] = False,
     data_dir: DataDir = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run every stage of one configuration; what is finished is skipped."""
     settings = load_run_config(config, overrides or [])
     from weaver.stages.pipeline import run_pipeline, stage_calls
 
+    output = Output(quiet, as_json)
     context = make_context(
-        run_dir, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir
+        run_dir, output, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir
     )
     calls = stage_calls(settings, calibration)
     if dry_run:
         from weaver.stages.pipeline import plan_pipeline
 
-        _show_dry_run(settings, plan_pipeline(context, calls))
+        _show_dry_run(settings, plan_pipeline(context, calls), output)
         return
+    run_pipeline(
+        context,
+        calls,
+        lambda stage, manifest: output.stage(stage, manifest, context.folder(stage)),
+    )
+    output.finish(single=False)
+    if output.shows_tables:
+        show_results(console, run_dir, finetuned=settings.finetune is not None)
 
-    def on_stage(stage: str, manifest: StageManifest) -> None:
-        show_manifest(console, stage, manifest, context.folder(stage))
 
-    run_pipeline(context, calls, on_stage)
-    show_results(console, run_dir, finetuned=settings.finetune is not None)
-
-
-def _show_dry_run(settings: RunConfig, plan: list[PlannedStage]) -> None:
+def _show_dry_run(settings: RunConfig, plan: list[PlannedStage], output: Output) -> None:
     from weaver.models.checkpoint import Checkpoint
     from weaver.stages.estimate import estimate
 
-    show_plan(console, plan, estimate(settings, Checkpoint(settings.model)))
+    needs = estimate(settings, Checkpoint(settings.model))
+    if output.as_json:
+        print(json.dumps({"stages": list(map(asdict, plan)), "estimate": asdict(needs)}, indent=2))
+    else:
+        show_plan(console, plan, needs)
     if any(stage.status == "refuse" for stage in plan):
         raise typer.Exit(1)

@@ -1,12 +1,14 @@
-"""Shared frame of the subcommands that run a stage: context, lock, dry run, printed result."""
+"""Shared frame of the subcommands that run stages: context, dry run, and what is printed."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -28,12 +30,57 @@ def _columns() -> int | None:
 console = Console(highlight=False, soft_wrap=True, width=_columns())
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a command that runs stages prints: tables, JSON, or errors alone.
+
+    Args:
+        quiet: no progress, no notes and no tables.
+        as_json: one JSON value instead of tables; notes go to standard error.
+        rows: stages that were shown, as values of JSON.
+    """
+
+    quiet: bool = False
+    as_json: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, line: str) -> None:
+        """Print a line about a stage at work."""
+        if not self.quiet:
+            where = Console(stderr=True, soft_wrap=True) if self.as_json else console
+            where.print(line, markup=False, highlight=False)
+
+    def stage(self, name: str, manifest: StageManifest, folder: Path) -> None:
+        """Show what a stage made."""
+        from weaver.rundir.inspection import stage_row
+
+        self.rows.append(stage_row(name, folder, manifest))
+        if not self.quiet and not self.as_json:
+            show_manifest(console, name, manifest, folder)
+
+    def finish(self, *, single: bool) -> None:
+        """Print the JSON: of the one stage, or of all in a list."""
+        if self.as_json:
+            print(json.dumps(self.rows[0] if single else self.rows, indent=2))
+
+    @property
+    def shows_tables(self) -> bool:
+        """Whether there is more to print than JSON or nothing."""
+        return not (self.quiet or self.as_json)
+
+
 def make_context(
-    run_dir: Path, *, seed: int, force: bool, dry_run: bool, data_dir: Path | None
+    run_dir: Path,
+    output: Output,
+    *,
+    seed: int,
+    force: bool,
+    dry_run: bool,
+    data_dir: Path | None,
 ) -> StageContext:
     """The context of a command on this console."""
     from weaver.report.progress import stage_progress
-    from weaver.rundir.stage_run import StageContext
+    from weaver.rundir.stage_run import StageContext, no_progress
 
     quiet_libraries()
     if is_follower():
@@ -44,13 +91,14 @@ def make_context(
         force=force,
         dry_run=dry_run,
         data_dir=data_dir,
-        progress=stage_progress(),
-        say=lambda line: console.print(line, markup=False),
+        progress=no_progress if output.quiet else stage_progress(),
+        say=output.note,
     )
 
 
 def run_stage(
     context: StageContext,
+    output: Output,
     stage: str,
     call: Callable[[StageContext], StageManifest],
     folder: Path | None = None,
@@ -59,6 +107,7 @@ def run_stage(
 
     Args:
         context: the run directory.
+        output: how to show it.
         stage: its name.
         call: runs it.
         folder: the stage's folder, where it is not the one in the run directory.
@@ -70,18 +119,28 @@ def run_stage(
         try:
             call(context)
         except WouldRun as would:
-            console.print(f"{stage}: would {would.status}")
+            _show_plan(output, stage, would.status)
         else:
-            console.print(f"{stage}: complete, would be skipped")
+            _show_plan(output, stage, "skip")
         return
     if is_follower():
         call(context)
         return
+    run_pipeline(
+        context,
+        {stage: call},
+        lambda name, manifest: output.stage(name, manifest, folder or context.folder(name)),
+    )
+    output.finish(single=True)
 
-    def show(name: str, manifest: StageManifest) -> None:
-        show_manifest(console, name, manifest, folder or context.folder(name))
 
-    run_pipeline(context, {stage: call}, show)
+def _show_plan(output: Output, stage: str, would: str) -> None:
+    if output.as_json:
+        print(json.dumps({"stage": stage, "would": would}))
+    elif would == "skip":
+        console.print(f"{stage}: complete, would be skipped")
+    else:
+        console.print(f"{stage}: would {would}")
 
 
 def is_follower() -> bool:

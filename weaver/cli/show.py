@@ -213,6 +213,8 @@ def _show_eval(console: Console, summary: dict[str, Any]) -> None:
         f"{format_number(part['kl'])} at {_positions(part)}" for part in summary["kl_by_position"]
     )
     console.print(f"  KL {', '.join(parts)}")
+    for label, dense, moe in summary["tasks"]:
+        console.print(f"  {label}: {dense} -> {moe}", markup=False)
     if summary["router"] is not None:
         _show_router_report(console, summary["router"])
 

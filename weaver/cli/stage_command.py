@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import typer
 
 from weaver.cli import options
-from weaver.cli.session import make_context, run_stage
+from weaver.cli.session import Output, make_context, run_stage
 from weaver.config.loading import load_model_section, load_section, load_seed
 from weaver.config.sections import ModelConfig, Section
 
@@ -35,8 +35,10 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "force": (options.Force, False),
     "dry_run": (options.DryRun, False),
     "data_dir": (options.DataDir, None),
+    "quiet": (options.Quiet, False),
+    "as_json": (options.AsJson, False),
 }
-OF_STAGES = ("run_dir", "config", "overrides", "seed", "force", "dry_run")
+OF_STAGES = ("run_dir", "config", "overrides", "seed", "force", "dry_run", "quiet", "as_json")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class SharedOptions:
     force: bool = False
     dry_run: bool = False
     data_dir: Path | None = None
+    quiet: bool = False
+    as_json: bool = False
+
+    @property
+    def output(self) -> Output:
+        """How the command prints."""
+        return Output(self.quiet, self.as_json)
 
     def section(self, section: type[S], name: str, flags: Mapping[str, Any] | None = None) -> S:
         """A section of the file, overrides and flags; see ``load_section``."""
@@ -63,6 +72,7 @@ class SharedOptions:
         """The context of a stage, in a run directory that is an argument instead of an option."""
         return make_context(
             run_dir or self.run_dir,
+            self.output,
             seed=load_seed(self.config, self.overrides, self.seed),
             force=self.force,
             dry_run=self.dry_run,
@@ -143,7 +153,7 @@ def stage_command(
         @wraps(function)
         def run(settings: Section, chosen: SharedOptions, **own: Any) -> None:
             call = function(settings, chosen, **own)
-            run_stage(chosen.context(), stage, call)
+            run_stage(chosen.context(), chosen.output, stage, call)
 
         return section_command(key or stage, section, flags, spelled=spelled, shared=shared)(run)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from weaver.artifacts.dtypes import dtype_name
+from weaver.artifacts.manifest import CARD
 from weaver.artifacts.store import read_json, write_error
 from weaver.errors import WeaverError, require_extra
 
@@ -63,6 +65,7 @@ def dequantise(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _write_card(gguf_path, temporary)
         (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
         _move_into_place(temporary, out_dir, source)
     except OSError as error:
@@ -70,6 +73,16 @@ def dequantise(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out_dir
+
+
+def _write_card(gguf_path: Path, folder: Path) -> None:
+    """Keep the licence that the file names, as a card whose front matter says it."""
+    from gguf import GGUFReader
+
+    said = GGUFReader(gguf_path).get_field("general.license")
+    if said is not None:
+        matter = yaml.safe_dump({"license": said.contents()})
+        (folder / CARD).write_text(f"---\n{matter}---\nDequantised from {gguf_path.name}.\n")
 
 
 def is_dequantised(folder: Path) -> bool:

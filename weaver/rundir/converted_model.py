@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -43,6 +44,12 @@ class ConvertedModel:
         register()
         config = AutoConfig.from_pretrained(self.folder)
         return site_shapes([read_shape(entry) for entry in config.weaver["layers"]])
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved configuration of every stage that made the model, from ``config.json``."""
+        register()
+        recipe: dict[str, Any] = AutoConfig.from_pretrained(self.folder).weaver["recipe"]
+        return recipe
 
     def account(self) -> ModelAccount:
         """Return the parameters and FLOPs of the dense and of the converted model."""

@@ -35,17 +35,17 @@ class StageState:
 
     def row(self) -> dict[str, Any]:
         """The state as values of JSON, with the summary of a complete stage."""
-        row: dict[str, Any] = {
-            "stage": self.stage,
-            "folder": str(self.folder),
-            "state": self.state,
-            "note": self.note,
-            "bytes": self.size,
-        }
+        row: dict[str, Any] = {"stage": self.stage, "folder": str(self.folder)}
         if self.manifest is not None:
-            fields = {"digest", "seconds", "peak_memory_bytes", "finished_at", "summary"}
-            row |= self.manifest.model_dump(mode="json", include=fields)
-        return row
+            row = stage_row(self.stage, self.folder, self.manifest)
+        return row | {"state": self.state, "note": self.note, "bytes": self.size}
+
+
+def stage_row(stage: str, folder: Path, manifest: StageManifest) -> dict[str, Any]:
+    """A finished stage as values of JSON."""
+    fields = {"digest", "seconds", "peak_memory_bytes", "finished_at", "summary"}
+    values = manifest.model_dump(mode="json", include=fields)
+    return {"stage": stage, "folder": str(folder), **values}
 
 
 def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:

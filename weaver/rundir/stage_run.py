@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from weaver.artifacts.manifest import (
+    CARD,
     MANIFEST,
     ModelIdentity,
     StageManifest,
@@ -224,6 +225,8 @@ class StageRun:
         """
         manifest = read_manifest(self.folder, rebuild=self.command)
         check_outputs(self.folder, manifest)
+        if not self.context.dry_run:
+            self.context.say(f"{self.request.stage}: complete, skipped")
         return manifest
 
     def layer_path(self, layer: int) -> Path:
@@ -250,7 +253,7 @@ class StageRun:
         names = sorted(
             str(path.relative_to(self.folder))
             for path in self.folder.rglob("*")
-            if path.is_file() and path.name not in (REQUEST, MANIFEST)
+            if path.is_file() and path.name not in (REQUEST, MANIFEST, CARD)
         )
         outputs = {name: file_digest(self.folder / name) for name in names}
         manifest = StageManifest(

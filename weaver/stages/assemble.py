@@ -83,7 +83,7 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     account = account_of(checkpoint, shapes)
     with disk_errors(run.folder):
         _write_companions(run.folder, checkpoint, shapes, dtype_text, recipe)
-    write_card(run.folder, account, recipe)
+    write_card(run.folder, account, recipe, checkpoint.folder)
     tested = (
         smoke_test(context, run.folder, checkpoint, dtype, account) if config.smoke_test else None
     )

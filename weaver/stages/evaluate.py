@@ -12,7 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.artifacts.dtypes import dtype_name
-from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest, versions
+from weaver.artifacts.manifest import (
+    MANIFEST,
+    InputRef,
+    StageManifest,
+    StageRequest,
+    read_manifest,
+    versions,
+)
 from weaver.artifacts.results import (
     EvalResult,
     LayerUsage,
@@ -21,7 +28,7 @@ from weaver.artifacts.results import (
     TaskResult,
     WindowValues,
 )
-from weaver.artifacts.store import file_digest, values_digest, write_json
+from weaver.artifacts.store import file_digest, read_json, values_digest, write_json
 from weaver.config.sections import EvalConfig
 from weaver.conversion.layer_budgets import refuse_experts
 from weaver.data.packing import read_windows
@@ -34,8 +41,11 @@ from weaver.evaluation.tasks import run_task
 from weaver.evaluation.usage import count_usage
 from weaver.models.accounting import ModelAccount
 from weaver.models.ffns import site_prefix
+from weaver.report.comparison import task_rows
 from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_folders import stage_command
 from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.model_card import write_card
 from weaver.stages.router_report import held_out_positions, open_report, router_report
 
 STAGE = "eval"
@@ -88,7 +98,9 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
     dtype = dtype_name(converted.dtype(config.dtype))
     run = StageRun(context, request, converted.manifest.model, dtype)
     if run.status == "skip":
-        return run.skipped()
+        manifest = run.skipped()
+        _complete_card(converted, context)
+        return manifest
     run.begin()
     dense = converted.load_dense(config.dtype)
     moe = converted.load(config.dtype)
@@ -112,7 +124,31 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
         request, converted, account, measured, comparison, usage=used, router=report, tasks=tasks
     )
     write_json(run.folder / RESULTS, result.model_dump(mode="json"))
-    return run.finish(_summary(result))
+    manifest = run.finish(_summary(result))
+    _complete_card(converted, context)
+    return manifest
+
+
+def measured_quality(context: StageContext, converted: ConvertedModel) -> EvalResult | None:
+    """Return what a finished ``eval`` of this very model measured; None if there is none."""
+    folder = context.folder(STAGE)
+    if not (folder / MANIFEST).exists():
+        return None
+    command = stage_command(STAGE, context.run_dir)
+    measured = read_manifest(folder, rebuild=command).request.inputs.get(converted.stage)
+    if measured is None or measured.digest != converted.ref.digest:
+        return None
+    return EvalResult.model_validate(read_json(folder / RESULTS, rebuild=command))
+
+
+def _complete_card(converted: ConvertedModel, context: StageContext) -> None:
+    write_card(
+        converted.folder,
+        converted.account(),
+        converted.recipe(),
+        converted.dense.folder,
+        results=measured_quality(context, converted),
+    )
 
 
 def _read_inputs(
@@ -247,5 +283,6 @@ def _summary(result: EvalResult) -> dict[str, Any]:
         "measured_ffn_flops": result.measured_ffn_flops_per_token,
         "active_parameters": result.active_parameters,
         "total_parameters": result.total_parameters,
+        "tasks": task_rows(result.dense.task_metrics, result.moe.task_metrics),
         "router": result.router.model_dump(mode="json") if result.router else None,
     }

@@ -28,6 +28,7 @@ from weaver.report.loading import gguf_loading, remote_code_loading, stock_loadi
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.inputs import open_partition
 from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.evaluate import measured_quality
 from weaver.stages.model_card import write_card
 from weaver.stages.verify import RECORD, verify
 
@@ -134,8 +135,16 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
     }
     write_json(plan.folder / RECORD, summary)
     notes = [f"This export approximates {line}." for line in plan.approximations]
-    recipe = plan.checkpoint.config.weaver["recipe"]
-    write_card(plan.folder, plan.converted.account(), recipe, loading=loading, notes=notes)
+    write_card(
+        plan.folder,
+        plan.converted.account(),
+        plan.converted.recipe(),
+        plan.converted.dense.folder,
+        # An approximation is another model than the one that was measured.
+        results=None if plan.approximations else measured_quality(context, plan.converted),
+        loading=loading,
+        notes=notes,
+    )
     if plan.approximations:
         cost = verify(context, plan.folder, COST, finished=False)
         summary["cost"] = cost.model_dump(mode="json")

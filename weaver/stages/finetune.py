@@ -181,7 +181,7 @@ def _write_model(converted: ConvertedModel, model: PreTrainedModel, run: StageRu
     config = AutoConfig.from_pretrained(converted.folder)
     config.weaver["recipe"]["finetune"] = run.request.config
     config.save_pretrained(folder)
-    write_card(folder, converted.account(), config.weaver["recipe"])
+    write_card(folder, converted.account(), config.weaver["recipe"], converted.dense.folder)
 
 
 def _part(name: str, tensor: Tensor) -> Part:
