@@ -105,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_grad_enabled(False)
-    context = make_context(Path("runs"), seed=0, force=False, dry_run=False, data_dir=None)
+    context = make_context(Path("runs"))
     calibration = open_calibration(arguments.calibration / "calibrate")
     trial = Trial.prepare(context, calibration)
     by_sparsity = {}

@@ -51,13 +51,13 @@ def run_row(setting: Setting, row: Row, model: ModelConfig, data_dir: Path) -> d
         eval=setting.evaluate,
     )
     shared = setting.calibration_dir(row)
-    context = make_context(shared, seed=row.seed, force=False, dry_run=False, data_dir=data_dir)
+    context = make_context(shared, seed=row.seed, data_dir=data_dir)
     # Reading a finished calibration needs no lock: rows may run side by side.
     if not (shared / "calibrate" / MANIFEST).exists():
         run_pipeline(context, {"calibrate": stage_calls(config)["calibrate"]}, lambda *_: None)
     run_dir = setting.run_dir(row)
     calls = stage_calls(config, shared / "calibrate")
-    context = make_context(run_dir, seed=row.seed, force=False, dry_run=False, data_dir=data_dir)
+    context = make_context(run_dir, seed=row.seed, data_dir=data_dir)
     manifests: dict[str, Any] = {}
     run_pipeline(context, {stage: calls[stage] for stage in STAGES}, manifests.__setitem__)
     result: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())

@@ -158,7 +158,7 @@ def main() -> None:
             run_dir = arguments.runs / "main" / row.folder
             if row.name not in METHODS or not (run_dir / "model" / MANIFEST).exists():
                 continue
-            context = make_context(run_dir, seed=0, force=False, dry_run=False, data_dir=None)
+            context = make_context(run_dir)
             converted = open_converted(context, finetuned=False)
             load = lambda converted=converted: converted.load("auto")  # noqa: E731
             scored.append(Scored(row.name, sparsity, scores(row.folder, load)))

@@ -71,14 +71,15 @@ class Output:
 
 def make_context(
     run_dir: Path,
-    output: Output,
+    output: Output | None = None,
     *,
-    seed: int,
-    force: bool,
-    dry_run: bool,
-    data_dir: Path | None,
+    seed: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    data_dir: Path | None = None,
 ) -> StageContext:
-    """The context of a command on this console."""
+    """The context of a command on this console, which prints everything unless told otherwise."""
+    output = output or Output()
     from weaver.report.progress import stage_progress
     from weaver.rundir.stage_run import StageContext, no_progress
 
