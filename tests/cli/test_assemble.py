@@ -104,8 +104,3 @@ def test_the_lines_that_are_shown(manifest: StageManifest) -> None:
     said, _, fix = shown(manifest, smoke_test=broken)
     assert said.startswith("  smoke test: KL not finite over 282 tokens")
     assert fix.startswith("    fix: weaver assemble with --dtype float32 and --force")
-
-
-def test_manifests_of_earlier_versions_have_none(manifest: StageManifest) -> None:
-    summary = {key: value for key, value in manifest.summary.items() if key != "smoke_test"}
-    assert shown(manifest.model_copy(update={"summary": summary})) == []

@@ -203,7 +203,8 @@ def shown(*rows: dict[str, Any], width: int = 250, **header: Any) -> str:
     values = {"device": "a processor", "threads": 2, "dtype": "float32", **header}
     record = BenchHeader(versions={"torch": "2.13"}, **values)
     file = io.StringIO()
-    show_bench(Console(file=file, width=width), {"header": record.model_dump(), "rows": rows})
+    result = BenchResult(header=record, rows=tuple(BenchRow(**row) for row in rows))
+    show_bench(Console(file=file, width=width), result)
     return file.getvalue()
 
 

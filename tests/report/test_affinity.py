@@ -7,9 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor
 
 from weaver.algorithms.affinity import column_normalised, correlation_clusters, row_correlation
 from weaver.artifacts.affinity import Affinity
+from weaver.artifacts.summaries import AffinitySummary
 from weaver.report.affinity_plot import CELL, COLOURS, NAMES, TOP, affinity_plot
 from weaver.report.affinity_table import affinity_experts, affinity_table
 
@@ -75,14 +77,13 @@ def test_the_heat_map_has_every_value_in_the_order_of_the_tree(affinity: Affinit
 
 
 def test_the_table_is_ordered_by_expert() -> None:
-    summary = {
-        "groups": ["law", "code", "sermons"],
-        "experts": [0, 1, 0],
-        "perplexity": (10 * PERPLEXITY_GG).tolist(),
-        "text": "held-out",
-        "tokens": 63,
-    }
-    title, headers, rows = affinity_table(summary)
+    values = {"groups": ("law", "code", "sermons"), "experts": (0, 1, 0), "text": "held-out"}
+
+    def summary(perplexity_GG: Tensor) -> AffinitySummary:
+        found = {**values, "perplexity": perplexity_GG.tolist(), "tokens": 63}
+        return AffinitySummary.model_validate(found)
+
+    title, headers, rows = affinity_table(summary(10 * PERPLEXITY_GG))
     assert "held-out text, 63 tokens each" in title
     assert headers == ("", "1", "2", "3")
     assert rows == [
@@ -90,6 +91,7 @@ def test_the_table_is_ordered_by_expert() -> None:
         (2, "100", "110", "380"),
         (3, "200", "240", "300"),
     ]
-    low = affinity_table(summary | {"perplexity": PERPLEXITY_GG.tolist()})[2]
+    low = affinity_table(summary(PERPLEXITY_GG))[2]
     assert low[0] == (1, "10.0", "12.0", "40.0")
-    assert affinity_experts(summary) == ["  expert 0: 1 law, 2 sermons", "  expert 1: 3 code"]
+    experts = affinity_experts(summary(PERPLEXITY_GG))
+    assert experts == ["  expert 0: 1 law, 2 sermons", "  expert 1: 3 code"]

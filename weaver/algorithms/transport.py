@@ -67,7 +67,9 @@ def solve_transport(
     """
     if start_prices_E is None:
         start_prices_E = np.zeros(cost_FE.shape[1])
+    # 1. Prices at which nearly every cluster is full.
     prices_E = _search_prices(cost_FE, capacity, start_prices_E)
+    # 2. The few misplaced points, along cheapest paths.
     repair = _Repair(cost_FE, capacity, prices_E)
     repair.run()
     return TransportPlan(repair.owner_F, repair.prices_E)
@@ -109,6 +111,7 @@ def _newton(
     """
     soft_EF, value = _smoothed_dual(relative_EF, capacity, prices_E, temperature)
     for _ in range(_NEWTON_STEPS):
+        # Gradient: how far each cluster's soft count is from N.
         counts_E = soft_EF.sum(axis=1, dtype=np.float64)
         excess_E = counts_E - capacity
         if np.abs(excess_E).max() < 0.01 * capacity:
@@ -117,6 +120,7 @@ def _newton(
         # The Hessian is singular along equal prices and nearly so for empty clusters.
         curvature_EE[np.diag_indices_from(curvature_EE)] += 1e-3 * capacity
         step_E = temperature * np.linalg.solve(curvature_EE, excess_E)
+        # Halve the step until the dual rises.
         share = 1.0
         while True:
             trial_E = prices_E + share * step_E
@@ -202,6 +206,7 @@ class _Repair:
                 break
             distance_E = np.where(better_E, candidate_E, distance_E)
             previous_E = np.where(better_E, source_E, previous_E)
+        # End at the nearest underfull cluster; its distance keeps reduced costs at or above 0.
         underfull_E = self.counts_E < self.capacity
         cluster = int(np.where(underfull_E, distance_E, np.inf).argmin())
         self.prices_E -= np.minimum(distance_E, distance_E[cluster])

@@ -140,9 +140,8 @@ def _report(result: BenchResult, json_file: Path | None, plot: Path | None) -> N
     from weaver.artifacts.store import write_json, write_text
     from weaver.cli.show_speeds import show_bench
     from weaver.report.plots import speedup_plot
-    from weaver.stages.bench import summary
 
-    show_bench(console, summary(result))
+    show_bench(console, result)
     if json_file is not None:
         write_json(json_file, result.flat_rows())
     if plot is not None:

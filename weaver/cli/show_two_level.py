@@ -60,28 +60,37 @@ def _mean(rows: Sequence[Row]) -> dict[str, Any]:
 
 def show_levels(console: Console, states: Sequence[StageState]) -> None:
     """Of a run whose model had experts before: what every FFN sees, and how it is split."""
-    summaries = {state.stage: state.manifest.summary for state in states if state.manifest}
-    sites = summaries.get("calibrate", {}).get("sites")
+    from weaver.artifacts.summaries import AssembleSummary, CalibrateSummary, PartitionSummary
+    from weaver.artifacts.summaries import read_summary as read
+
+    found = {state.stage: state.manifest.summary for state in states if state.manifest}
+    if "calibrate" not in found:
+        return
+    sites = read(CalibrateSummary, found["calibrate"]).sites
     if not sites:
         return
-    splits = summaries.get("partition", {}).get("layers", [{}] * len(sites))
-    rows = [{**site, **split} for site, split in zip(sites, splits, strict=True)]
+    rows = [site.model_dump() for site in sites]
+    is_split = "partition" in found
+    if is_split:
+        splits = read(PartitionSummary, found["partition"]).layers
+        rows = [row | split.model_dump() for row, split in zip(rows, splits, strict=True)]
     headers = ("layer", "neurons", "tokens", "shared", "experts", "top-k", "active", "sparsity")
     cells = [
         (
             *(row["layer"], row["neurons"], f"{row['tokens']:g}"),
-            *((row["shared_neurons"], _experts(row), row["top_k"]) if splits[0] else ("-",) * 3),
+            *((row["shared_neurons"], _experts(row), row["top_k"]) if is_split else ("-",) * 3),
             row.get("active_neurons", "-"),
-            format_percent(row["sparsity"]) if splits[0] else "-",
+            format_percent(row["sparsity"]) if is_split else "-",
         )
         for row in by_level(rows)
     ]
     title = "FFNs; of experts the mean, tokens of the calibration that reach them"
     console.print(console_table(title, headers, cells))
-    if (account := summaries.get("assemble")) is not None:
+    if "assemble" in found:
+        account = read(AssembleSummary, found["assemble"])
         console.print(
-            f"whole model: FFN sparsity {format_percent(account['ffn_sparsity'])} of what the "
-            f"outer level uses, FFN FLOPs x{account['ffn_flops'] / account['dense_ffn_flops']:.3f}"
+            f"whole model: FFN sparsity {format_percent(account.ffn_sparsity)} of what the outer "
+            f"level uses, FFN FLOPs x{account.ffn_flops / account.dense_ffn_flops:.3f}"
         )
 
 

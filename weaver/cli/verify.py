@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from weaver.cli.session import console
-from weaver.cli.show import show_verification
 from weaver.cli.stage_command import SharedOptions, section_command
 from weaver.config.sections import VerifyConfig
 from weaver.errors import WeaverError
@@ -31,10 +30,11 @@ def verify(
 ) -> None:
     """Compare an export with its model, in a process that cannot import weaver."""
     from weaver.artifacts.store import write_json
+    from weaver.cli.show_summaries import show_verification
     from weaver.stages.verify import verify as compare
 
     result = compare(options.context(against), export, settings)
-    show_verification(console, str(export), result.model_dump())
+    show_verification(console, str(export), result)
     if json_file is not None:
         write_json(json_file, result.model_dump(mode="json"))
     if result.kl is not None and result.kl > settings.max_kl:

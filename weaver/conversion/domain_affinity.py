@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from weaver.algorithms.affinity import column_normalised, correlation_clusters, row_correlation
 from weaver.artifacts.affinity import Affinity, AffinityRow
 from weaver.artifacts.store import read_record, write_record, write_text
+from weaver.artifacts.summaries import AffinitySummary
 from weaver.artifacts.types import LayerProfile
 from weaver.conversion.splitter import LayerSplitter
 from weaver.errors import WeaverError
@@ -41,7 +41,7 @@ def require_groups(calibration: Calibration, method: str, num_experts: int) -> N
     Raises:
         WeaverError: it does not, or there are fewer groups than experts.
     """
-    groups = calibration.manifest.summary["groups"]
+    groups = calibration.summary.groups
     if not calibration.config.groups:
         raise WeaverError(
             f"{calibration.folder}: the calibration mixes its {len(groups)} groups",
@@ -114,15 +114,17 @@ def mine_affinity(
     return found
 
 
-def affinity_summary(affinity: Affinity) -> dict[str, Any]:
-    """Return the domain affinity as plain values for the summary in the partition's manifest."""
-    return {
-        "groups": list(affinity.groups),
-        "experts": affinity.experts_G.tolist(),
-        "perplexity": [[round(v, 4) for v in row] for row in affinity.perplexity_GG.tolist()],
-        "text": affinity.text,
-        "tokens": affinity.tokens,
-    }
+def affinity_summary(affinity: Affinity) -> AffinitySummary:
+    """Return the domain affinity for the summary in the partition's manifest."""
+    return AffinitySummary(
+        groups=affinity.groups,
+        experts=tuple(affinity.experts_G.tolist()),
+        perplexity=tuple(
+            tuple(round(v, 4) for v in row) for row in affinity.perplexity_GG.tolist()
+        ),
+        text=affinity.text,
+        tokens=affinity.tokens,
+    )
 
 
 def _row_path(folder: Path, group: int) -> Path:

@@ -15,8 +15,8 @@ from weaver.conversion.splitter import LayerSplitter
 from weaver.conversion.trials import Trial, try_layers
 from weaver.errors import WeaverError
 from weaver.methods.allocation import adaptive_active_neurons
-from weaver.methods.budget import ErrorCurve, allocate_slices
 from weaver.methods.registry import get_router
+from weaver.methods.slice_budgets import ErrorCurve, allocate_slices
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
 from weaver.rundir.stage_run import StageContext

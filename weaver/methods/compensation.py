@@ -95,13 +95,16 @@ def _accumulate(
     chunk = min(_MAX_CHUNK_TOKENS, -(-profile.ffn_inputs_ND.shape[0] // _CHUNKS))
     rows = (profile.ffn_inputs_ND, profile.first_tokens_N, profile.error_weights_N)
     for x_TD, first_T, weight_T in zip(*(each.split(chunk) for each in rows), strict=True):
+        # The routing is fixed: what the router chooses, and every expert for first tokens.
         typed_TF = glu_hidden(x_TD, typed)
         hidden_TF = typed_TF.float()
         chosen_TE = _chosen(x_TD, weights, layout, router)
         if layout.selection == "threshold":
             chosen_TE[first_T] = 1.0
+        # Conditional means of skipped experts, which the constants start from.
         sums.add(hidden_TF, chosen_TE, weight_T)
         if plan.refit:
+            # Gram matrix of what the converted layer adds up, against the dense output.
             z_TP = _regressors(hidden_TF, chosen_TE, layout, plan.constants)
             y_TD = (typed_TF @ typed.down_FD).float()
             if layout.output_bias_D is not None and not plan.constants:

@@ -70,12 +70,14 @@ def partition(
         WeaverError: no routed expert would be active, or all of them.
     Source: weaver's own; centred energy is FLAP's metric (arXiv:2312.11983).
     """
+    # 1. Shared: the slices with the largest mean contribution; the rest is routed.
     shared_experts = min(
         round(problem.active_experts * options.shared_share), problem.active_experts - 1
     )
     top_k = routed_top_k(problem, shared_experts)
     shared = problem.leftover_neurons + shared_experts * problem.expert_width
     shared_S, routed_n = strongest(shared_scores(problem, options), shared)
+    # 2. Contributions v of the routed neurons, on tokens whose experts the router chooses.
     profile = _thinned(routed_inputs(problem.profile, options.selection))
     x_TD = profile.ffn_inputs_ND.float()
     routed = problem.weights.select(routed_n)
@@ -83,12 +85,15 @@ def partition(
     # Relative to the layer's output where that is normalised behind the FFN.
     hidden_Tn *= profile.error_weights_N.sqrt()[:, None]
     contribution_Tn = hidden_Tn.square() * routed.down_FD.square().sum(1)
+    # 3. Start from clusters of neurons that contribute to the same tokens.
     owner_n = _coactivation_clusters(problem, contribution_Tn, options, generator)
     for _ in range(options.alternations):
+        # 4. Fit the router to the experts, and let it choose for every token.
         experts_EN = owner_n.argsort(stable=True).view(-1, problem.expert_width)
         contribution_TE = expert_contributions(hidden_Tn, routed.down_FD, experts_EN)
         weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
         chosen_TE = select(x_TD @ weight_ED.T + bias_E, top_k, options.selection)
+        # 5. Give each neuron to the expert that runs when the neuron contributes, sizes equal.
         captured_nE = contribution_Tn.T @ chosen_TE
         owner_n = balanced_assignment(-captured_nE / captured_nE.mean(), problem.expert_width)
     layout = expert_layout(problem, shared_S, routed_n, owner_n, top_k)

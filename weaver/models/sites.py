@@ -43,10 +43,6 @@ class Site:
             return f"expert {self.expert}"
         return "shared expert" if self.shared else None
 
-    def row(self) -> dict[str, Any]:
-        """Where it is, for a row of a stage's summary; ``part`` only inside a MoE layer."""
-        return {"layer": self.layer} | ({"part": self.part} if self.is_inner else {})
-
 
 @dataclass(frozen=True)
 class TwoLevelShape:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weaver.artifacts.summaries import AffinitySummary
 
 
 def affinity_table(
-    summary: dict[str, Any],
+    summary: AffinitySummary,
 ) -> tuple[str, Sequence[str], Sequence[Sequence[object]]]:
     """Title, headers and rows: perplexity by the group pruned by and the group measured on.
 
@@ -16,27 +19,27 @@ def affinity_table(
     """
     order = _by_expert(summary)
     title = (
-        f"perplexity pruned by (rows) and measured on (columns) a group, {summary['text']} text, "
-        f"{summary['tokens']} tokens each"
+        f"perplexity pruned by (rows) and measured on (columns) a group, {summary.text} text, "
+        f"{summary.tokens} tokens each"
     )
     rows = [
-        (place, *(_short(summary["perplexity"][i][j]) for j in order))
+        (place, *(_short(summary.perplexity[i][j]) for j in order))
         for place, i in enumerate(order, start=1)
     ]
     return title, ("", *map(str, range(1, len(order) + 1))), rows
 
 
-def affinity_experts(summary: dict[str, Any]) -> list[str]:
+def affinity_experts(summary: AffinitySummary) -> list[str]:
     """A line per expert with the numbers and names of its groups."""
     members: dict[int, list[str]] = {}
     for place, group in enumerate(_by_expert(summary), start=1):
-        expert = summary["experts"][group]
-        members.setdefault(expert, []).append(f"{place} {summary['groups'][group]}")
+        expert = summary.experts[group]
+        members.setdefault(expert, []).append(f"{place} {summary.groups[group]}")
     return [f"  expert {expert}: {', '.join(names)}" for expert, names in members.items()]
 
 
-def _by_expert(summary: dict[str, Any]) -> list[int]:
-    experts: list[int] = summary["experts"]
+def _by_expert(summary: AffinitySummary) -> list[int]:
+    experts = summary.experts
     return sorted(range(len(experts)), key=lambda group: (experts[group], group))
 
 

@@ -12,6 +12,7 @@ from weaver.artifacts.affinity import Affinity
 from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
 from weaver.artifacts.store import read_record
+from weaver.artifacts.summaries import CalibrateSummary, PartitionSummary, read_summary
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
 from weaver.config.sections import CalibrateConfig, ModelConfig, RouterConfig
 from weaver.data.grouping import GroupWindows
@@ -47,6 +48,10 @@ class Calibration:
         return CalibrateConfig.model_validate(values)
 
     @property
+    def summary(self) -> CalibrateSummary:
+        return read_summary(CalibrateSummary, self.manifest.summary)
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.manifest.dtype]
 
@@ -67,6 +72,10 @@ class Partition:
     manifest: StageManifest
     ref: InputRef
     calibration: Calibration
+
+    @property
+    def summary(self) -> PartitionSummary:
+        return read_summary(PartitionSummary, self.manifest.summary)
 
     @property
     def seed(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -31,6 +31,7 @@ from weaver.artifacts.manifest import (
     write_manifest,
 )
 from weaver.artifacts.store import check_tensors_file, file_digest, read_json, write_json
+from weaver.artifacts.summaries import Summary
 from weaver.errors import WeaverError
 from weaver.rundir.stage_folders import (
     STAGE_FOLDERS,
@@ -248,7 +249,7 @@ class StageRun:
         check_tensors_file(path, rebuild=f"rm {path}, then rerun {self.command} as before")
         return True
 
-    def finish(self, summary: dict[str, Any]) -> StageManifest:
+    def finish(self, summary: Summary) -> StageManifest:
         """Digest every output and write the manifest."""
         names = sorted(
             str(path.relative_to(self.folder))
@@ -261,7 +262,7 @@ class StageRun:
             model=self.model,
             outputs=outputs,
             digest=outputs_digest(outputs),
-            summary=summary,
+            summary=summary.model_dump(mode="json"),
             dtype=self.dtype,
             seconds=round(time.monotonic() - self.started, 3),
             peak_memory_bytes=peak_memory_bytes(),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
+from weaver.artifacts.results import SmokeResult
 from weaver.artifacts.store import disk_errors
+from weaver.artifacts.summaries import AssembleSummary, SkippedTest
 from weaver.artifacts.types import ExpertLayout
 from weaver.config.sections import AssembleConfig
 from weaver.errors import WeaverError
@@ -87,7 +89,7 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     tested = (
         smoke_test(context, run.folder, checkpoint, dtype, account) if config.smoke_test else None
     )
-    return run.finish({**_summary(account, partition), "smoke_test": tested})
+    return run.finish(_summary(account, partition, tested))
 
 
 def _shape(checkpoint: Checkpoint, routers: Path, site: int, layout: ExpertLayout) -> LayerShape:
@@ -141,15 +143,18 @@ def _write_companions(
     copy_companions(checkpoint.folder, folder)
 
 
-def _summary(account: ModelAccount, partition: Partition) -> dict[str, Any]:
-    return {
-        "predicted_kl": partition.manifest.summary.get("predicted_kl"),
-        "dense_parameters": account.total_dense_parameters,
-        "dense_active_parameters": account.dense_active_parameters,
-        "total_parameters": account.total_parameters,
-        "active_parameters": account.active_parameters,
-        "dense_ffn_flops": account.dense_ffn_flops,
-        "ffn_flops": account.ffn_flops,
-        "ffn_sparsity": round(account.ffn_sparsity, 6),
-        "speed_bound": round(account.speed_bound, 6),
-    }
+def _summary(
+    account: ModelAccount, partition: Partition, tested: SmokeResult | SkippedTest | None
+) -> AssembleSummary:
+    return AssembleSummary(
+        predicted_kl=partition.summary.predicted_kl,
+        dense_parameters=account.total_dense_parameters,
+        dense_active_parameters=account.dense_active_parameters,
+        total_parameters=account.total_parameters,
+        active_parameters=account.active_parameters,
+        dense_ffn_flops=account.dense_ffn_flops,
+        ffn_flops=account.ffn_flops,
+        ffn_sparsity=round(account.ffn_sparsity, 6),
+        speed_bound=round(account.speed_bound, 6),
+        smoke_test=tested,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def bench(context: StageContext, config: BenchConfig, *, finetuned: bool = True)
     result = BenchResult(header=header, rows=rows)
     write_json(run.folder / RESULTS, result.flat_rows())
     write_text(run.folder / PLOT, speedup_plot(result))
-    return run.finish(summary(result))
+    return run.finish(result)
 
 
 def _rows(
@@ -106,11 +105,3 @@ def pinned_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def summary(result: BenchResult) -> dict[str, Any]:
-    """Return header and rows as plain values, for the manifest and for ``show``."""
-    return {
-        "header": result.header.model_dump(),
-        "rows": [row.model_dump() for row in result.rows],
-    }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from weaver.artifacts.manifest import StageManifest, StageRequest
+from weaver.artifacts.summaries import PositionError, RoutedFfn, RouterSummary
 from weaver.config.sections import RouterConfig
 from weaver.conversion.routing import (
     RoutedLayer,
@@ -23,6 +23,7 @@ from weaver.evaluation.positions import error_by_position
 from weaver.methods.registry import get_method
 from weaver.methods.selection import routed_inputs
 from weaver.models.moe import MoEFeedForward
+from weaver.models.sites import Site
 from weaver.rundir.inputs import ROUTER_FOLDER, Partition, open_partition
 from weaver.rundir.stage_run import StageContext, StageRun
 
@@ -93,28 +94,28 @@ def _solve(
     return solve_layer(weights, partition.profile(site), layout, config, generator)
 
 
-def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> dict[str, Any]:
-    rows = []
-    checkpoint = partition.calibration.checkpoint
-    for site in checkpoint.sites:
-        layout = partition.layout(site.number)
-        routed = read_routed(run.folder, site.number, layout)
-        if routed.router is None:
-            continue
-        weights = checkpoint.ffn(site.number, torch.float32)
-        ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
-        profile = partition.profile(site.number)
-        x_TD = routed_inputs(profile, layout.selection).ffn_inputs_ND[:FIDELITY_TOKENS].float()
-        fidelity = asdict(module_fidelity(x_TD, ffn, weights))
-        errors = error_by_position(profile, weights, ffn)
-        rows.append(
-            {
-                **site.row(),
-                **{key: round(value, 6) for key, value in fidelity.items()},
-                "errors": [
-                    {"first": first, "last": last, "error": round(error, 6)}
-                    for first, last, error in errors
-                ],
-            }
-        )
-    return {"router": config.kind, "layers": rows}
+def _summary(run: StageRun, partition: Partition, config: RouterConfig) -> RouterSummary:
+    rows = (_routed_ffn(run, partition, site) for site in partition.calibration.checkpoint.sites)
+    return RouterSummary(router=config.kind, layers=tuple(row for row in rows if row is not None))
+
+
+def _routed_ffn(run: StageRun, partition: Partition, site: Site) -> RoutedFfn | None:
+    """Fidelity and errors of one FFN; None if it is static."""
+    layout = partition.layout(site.number)
+    routed = read_routed(run.folder, site.number, layout)
+    if routed.router is None:
+        return None
+    weights = partition.calibration.checkpoint.ffn(site.number, torch.float32)
+    ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
+    profile = partition.profile(site.number)
+    x_TD = routed_inputs(profile, layout.selection).ffn_inputs_ND[:FIDELITY_TOKENS].float()
+    fidelity = asdict(module_fidelity(x_TD, ffn, weights))
+    return RoutedFfn(
+        layer=site.layer,
+        part=site.part,
+        **{key: round(value, 6) for key, value in fidelity.items()},
+        errors=tuple(
+            PositionError(first=first, last=last, error=round(error, 6))
+            for first, last, error in error_by_position(profile, weights, ffn)
+        ),
+    )

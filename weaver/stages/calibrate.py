@@ -11,6 +11,7 @@ from torch import nn
 from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import read_record, values_digest, write_record
+from weaver.artifacts.summaries import CalibratedFfn, CalibrateSummary
 from weaver.artifacts.types import LayerProfile
 from weaver.config.sections import CalibrateConfig, ModelConfig
 from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
@@ -156,22 +157,22 @@ def _pack(
     return pack(specs, checkpoint.tokenizer(), **sizes), None
 
 
-def _summary(checkpoint: Checkpoint, packed: PackedTokens, run: StageRun) -> dict[str, Any]:
-    summary = {
-        "num_layers": checkpoint.num_layers,
-        "hidden_size": checkpoint.hidden_size,
-        "intermediate_size": checkpoint.intermediate_size,
-        "tokens": packed.input_ids_WT.numel(),
-        "samples": packed.sample_groups_M.numel(),
-        "groups": list(packed.groups),
-    }
-    if checkpoint.is_moe:
-        summary["sites"] = [
-            {
-                **site.row(),
-                "neurons": checkpoint.neurons(site.number),
-                "tokens": read_record(run.layer_path(site.number), LayerProfile).tokens,
-            }
-            for site in checkpoint.sites
-        ]
-    return summary
+def _summary(checkpoint: Checkpoint, packed: PackedTokens, run: StageRun) -> CalibrateSummary:
+    sites = [
+        CalibratedFfn(
+            layer=site.layer,
+            part=site.part,
+            neurons=checkpoint.neurons(site.number),
+            tokens=read_record(run.layer_path(site.number), LayerProfile).tokens,
+        )
+        for site in (checkpoint.sites if checkpoint.is_moe else ())
+    ]
+    return CalibrateSummary(
+        num_layers=checkpoint.num_layers,
+        hidden_size=checkpoint.hidden_size,
+        intermediate_size=checkpoint.intermediate_size,
+        tokens=packed.input_ids_WT.numel(),
+        samples=packed.sample_groups_M.numel(),
+        groups=packed.groups,
+        sites=tuple(sites) or None,
+    )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +28,7 @@ from weaver.artifacts.results import (
     WindowValues,
 )
 from weaver.artifacts.store import file_digest, read_json, values_digest, write_json
+from weaver.artifacts.summaries import AssembleSummary, EvalSummary, read_summary
 from weaver.config.sections import EvalConfig
 from weaver.conversion.layer_budgets import refuse_experts
 from weaver.data.packing import read_windows
@@ -245,7 +245,7 @@ def _result(
         measured_ffn_flops_per_token=measured,
         kl=comparison.kl,
         kl_by_position=kl_by_position(comparison.kl_WT),
-        predicted_kl=converted.manifest.summary.get("predicted_kl"),
+        predicted_kl=_predicted_kl(converted),
         top1_agreement=comparison.top1_agreement,
         tokens=comparison.tokens,
         sequence_length=request.config["sequence_length"],
@@ -269,20 +269,27 @@ def _result(
     )
 
 
-def _summary(result: EvalResult) -> dict[str, Any]:
-    return {
-        "dense_perplexity": result.dense.perplexity,
-        "moe_perplexity": result.moe.perplexity,
-        "kl": result.kl,
-        "kl_by_position": [part.model_dump(mode="json") for part in result.kl_by_position],
-        "predicted_kl": result.predicted_kl,
-        "top1_agreement": result.top1_agreement,
-        "ffn_sparsity": result.ffn_sparsity,
-        "dense_ffn_flops": result.dense.ffn_flops_per_token,
-        "ffn_flops": result.moe.ffn_flops_per_token,
-        "measured_ffn_flops": result.measured_ffn_flops_per_token,
-        "active_parameters": result.active_parameters,
-        "total_parameters": result.total_parameters,
-        "tasks": task_rows(result.dense.task_metrics, result.moe.task_metrics),
-        "router": result.router.model_dump(mode="json") if result.router else None,
-    }
+def _predicted_kl(converted: ConvertedModel) -> float | None:
+    """As the partition predicted it; None after a fine-tuning."""
+    if converted.stage != "assemble":
+        return None
+    return read_summary(AssembleSummary, converted.manifest.summary).predicted_kl
+
+
+def _summary(result: EvalResult) -> EvalSummary:
+    return EvalSummary(
+        dense_perplexity=result.dense.perplexity,
+        moe_perplexity=result.moe.perplexity,
+        kl=result.kl,
+        kl_by_position=result.kl_by_position,
+        predicted_kl=result.predicted_kl,
+        top1_agreement=result.top1_agreement,
+        ffn_sparsity=result.ffn_sparsity,
+        dense_ffn_flops=result.dense.ffn_flops_per_token,
+        ffn_flops=result.moe.ffn_flops_per_token,
+        measured_ffn_flops=result.measured_ffn_flops_per_token,
+        active_parameters=result.active_parameters,
+        total_parameters=result.total_parameters,
+        tasks=tuple(task_rows(result.dense.task_metrics, result.moe.task_metrics)),
+        router=result.router,
+    )

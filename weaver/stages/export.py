@@ -14,6 +14,7 @@ from torch import Tensor
 from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, write_json
+from weaver.artifacts.summaries import ExportSummary
 from weaver.config.sections import ExportConfig, VerifyConfig
 from weaver.errors import WeaverError, require_extra
 from weaver.export.attention import save_config
@@ -127,13 +128,11 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
         loading, facts = _write_own(context, plan)
     else:
         loading, facts = _write_stock(context, plan, stock)
-    summary = {
-        "target": plan.target,
-        "reason": plan.reason,
-        "approximations": plan.approximations,
-        **facts,
-    }
-    write_json(plan.folder / RECORD, summary)
+    summary = ExportSummary(
+        target=plan.target, reason=plan.reason, approximations=tuple(plan.approximations)
+    )
+    record = summary.model_dump(mode="json", exclude={"cost"})
+    write_json(plan.folder / RECORD, record | facts)
     notes = [f"This export approximates {line}." for line in plan.approximations]
     write_card(
         plan.folder,
@@ -147,8 +146,7 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
     )
     if plan.approximations:
         cost = verify(context, plan.folder, COST, finished=False)
-        summary["cost"] = cost.model_dump(mode="json")
-    summary.pop("experts", None)
+        summary = summary.model_copy(update={"cost": cost})
     return run.finish(summary)
 
 

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.store import disk_errors, values_digest
+from weaver.artifacts.summaries import EvaluationPoint, FinetuneSummary, PhaseSummary
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.data.holdout import hold_out
 from weaver.data.packing import read_windows, separators
@@ -188,22 +188,22 @@ def _part(name: str, tensor: Tensor) -> Part:
     return Part({name: tensor.numel() * tensor.itemsize}, lambda: {name: tensor})
 
 
-def _summary(report: TrainingReport, phases: Sequence[PhaseConfig]) -> dict[str, Any]:
+def _summary(report: TrainingReport, phases: Sequence[PhaseConfig]) -> FinetuneSummary:
     assert report.best is not None
-    return {
-        "losses": list(report.losses),
-        "tokens": report.tokens,
-        "seconds": round(report.seconds, 3),
-        "resumed_from": report.resumed_from,
-        "phases": [
-            {
-                "trainable": phase.trainable,
-                "objective": phase.objective,
-                "steps": phase.steps,
-                "steps_done": done,
-            }
+    return FinetuneSummary(
+        losses=report.losses,
+        tokens=report.tokens,
+        seconds=round(report.seconds, 3),
+        resumed_from=report.resumed_from,
+        phases=tuple(
+            PhaseSummary(
+                trainable=phase.trainable,
+                objective=phase.objective,
+                steps=phase.steps,
+                steps_done=done,
+            )
             for phase, done in zip(phases, report.phase_steps, strict=True)
-        ],
-        "evaluations": [each.to_dict() for each in report.evaluations],
-        "best_step": report.best.step,
-    }
+        ),
+        evaluations=tuple(EvaluationPoint(**each.to_dict()) for each in report.evaluations),
+        best_step=report.best.step,
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from weaver.artifacts.affinity import Affinity
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.store import read_record, write_record
+from weaver.artifacts.summaries import PartitionSummary, SplitFfn
 from weaver.artifacts.types import ExpertLayout, LayerProfile
 from weaver.config.sections import PartitionConfig, RouterConfig
 from weaver.conversion.domain_affinity import affinity_summary, mine_affinity, require_groups
@@ -24,6 +25,7 @@ from weaver.conversion.routing import (
 from weaver.conversion.splitter import MIN_EXPERT_TOKENS, LayerSplitter
 from weaver.methods.base import GroupOptions
 from weaver.models.accounting import LayerShape
+from weaver.models.checkpoint import Checkpoint
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
 from weaver.models.sites import Site
 from weaver.models.stream import DecoderStream, layer_ffns
@@ -79,10 +81,7 @@ def partition(
     budget = allocate(context, run.folder, splitter)
     split_all = _split_sequentially if settings.config.sequential else _split_one_shot
     split_all(context, run, splitter, budget)
-    summary = _summary(run, splitter, budget)
-    if affinity is not None:
-        summary["affinity"] = affinity_summary(affinity)
-    return run.finish(summary)
+    return run.finish(_summary(run, splitter, budget, affinity))
 
 
 def _split_one_shot(
@@ -184,40 +183,42 @@ def _has_propagated(run: StageRun, splitter: LayerSplitter, site: int) -> bool:
     return all(run.has_file(path) for path in paths)
 
 
-def _summary(run: StageRun, splitter: LayerSplitter, budget: Budget) -> dict[str, Any]:
-    checkpoint = splitter.checkpoint
-    rows = []
-    for site in checkpoint.sites:
-        layout = read_record(run.layer_path(site.number), ExpertLayout)
-        sizes = (checkpoint.hidden_size, layout.intermediate_size, checkpoint.dtype)
-        shape = LayerShape(
-            num_shared_neurons=layout.num_shared_neurons,
-            n_routed_experts=layout.num_routed_experts,
-            moe_intermediate_size=layout.expert_width,
-            num_experts_per_tok=layout.top_k,
-        )
-        rows.append(
-            {
-                **site.row(),
-                "shared_neurons": layout.num_shared_neurons,
-                "shared_share": round(layout.num_shared_neurons / layout.intermediate_size, 6),
-                "experts": layout.num_routed_experts,
-                "expert_width": layout.expert_width,
-                "top_k": layout.top_k,
-                "selection": layout.selection,
-                "active_neurons": layout.active_neurons,
-                "sparsity": round(layout.ffn_sparsity, 6),
-                "predicted_speedups": {
-                    str(tokens): round(predicted_speedup([shape], *sizes, tokens), 3)
-                    for tokens in SPEED_TOKENS
-                },
-            }
-        )
-    summary: dict[str, Any] = {
-        "method": splitter.settings.spec.name,
-        "scope": "ffn",
-        "layers": rows,
-    }
-    if budget.predicted_kl is not None:
-        summary |= {"predicted_kl": budget.predicted_kl, "uniform_kl": budget.uniform_kl}
-    return summary
+def _summary(
+    run: StageRun, splitter: LayerSplitter, budget: Budget, affinity: Affinity | None
+) -> PartitionSummary:
+    return PartitionSummary(
+        method=splitter.settings.spec.name,
+        layers=tuple(
+            _split_ffn(run, splitter.checkpoint, site) for site in splitter.checkpoint.sites
+        ),
+        predicted_kl=budget.predicted_kl,
+        uniform_kl=budget.uniform_kl,
+        affinity=None if affinity is None else affinity_summary(affinity),
+    )
+
+
+def _split_ffn(run: StageRun, checkpoint: Checkpoint, site: Site) -> SplitFfn:
+    layout = read_record(run.layer_path(site.number), ExpertLayout)
+    sizes = (checkpoint.hidden_size, layout.intermediate_size, checkpoint.dtype)
+    shape = LayerShape(
+        num_shared_neurons=layout.num_shared_neurons,
+        n_routed_experts=layout.num_routed_experts,
+        moe_intermediate_size=layout.expert_width,
+        num_experts_per_tok=layout.top_k,
+    )
+    return SplitFfn(
+        layer=site.layer,
+        part=site.part,
+        shared_neurons=layout.num_shared_neurons,
+        shared_share=round(layout.num_shared_neurons / layout.intermediate_size, 6),
+        experts=layout.num_routed_experts,
+        expert_width=layout.expert_width,
+        top_k=layout.top_k,
+        selection=layout.selection,
+        active_neurons=layout.active_neurons,
+        sparsity=round(layout.ffn_sparsity, 6),
+        predicted_speedups={
+            str(tokens): round(predicted_speedup([shape], *sizes, tokens), 3)
+            for tokens in SPEED_TOKENS
+        },
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from weaver.artifacts.results import SmokeResult
+from weaver.artifacts.summaries import SkippedTest
 from weaver.conversion.memory import available_memory
 from weaver.evaluation.smoke import answer, smoke_result, smoke_windows
 from weaver.models.accounting import ModelAccount
@@ -27,7 +28,7 @@ def smoke_test(
     dense: Checkpoint,
     dtype: torch.dtype,
     account: ModelAccount,
-) -> dict[str, Any]:
+) -> SmokeResult | SkippedTest:
     """Compare the model that was just written with the dense one on little text.
 
     Both are loaded in the dtype that was written. The dense one is gone before the converted one is
@@ -41,13 +42,14 @@ def smoke_test(
         account: sizes of both.
 
     Returns:
-        A ``SmokeResult`` as JSON, or ``{"skipped": reason}``.
+        What was found, or why nothing was tried.
     """
     tokenizer = dense.tokenizer()
     windows_WT = smoke_windows(tokenizer)
     needs = memory_needed(account, dtype, windows_WT.numel() * int(dense.config.vocab_size))
     if needs > available_memory():
-        return {"skipped": f"it needs {format_bytes(needs)}, more memory than was available"}
+        lack = f"it needs {format_bytes(needs)}, more memory than was available"
+        return SkippedTest(skipped=lack)
     with context.progress("smoke test", 2) as advance:
         model = load_model(dense.folder, dtype, trust_remote_code=dense.model.trust_remote_code)
         answers = answer(model, windows_WT)
@@ -55,7 +57,7 @@ def smoke_test(
         advance("dense")
         result = smoke_result(answers, load_model(folder, dtype), windows_WT)
         advance("converted")
-    return result.model_dump(mode="json")
+    return result
 
 
 def memory_needed(account: ModelAccount, dtype: torch.dtype, log_probabilities: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weaver.errors import WeaverError
-from weaver.methods.budget import ErrorCurve, allocate_slices
+from weaver.methods.slice_budgets import ErrorCurve, allocate_slices
 
 
 def test_the_hull_of_a_convex_curve_is_the_curve() -> None:
