@@ -17,9 +17,12 @@ WINDOW = "Tokens per window."
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
+    """A part of the configuration: unknown keys are errors, values do not change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Validators are built by the first use: the help of a command needs names and defaults only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class ModelConfig(Section):
