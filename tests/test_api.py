@@ -93,12 +93,12 @@ def test_what_is_forced_is_one_call(run: weaver.Run, tiny_llama: Path) -> None:
 def test_the_stages_one_by_one(tiny_llama: Path, tmp_path: Path) -> None:
     values = sections(tiny_llama)
     run = weaver.Run(str(tmp_path / "run"), progress=False)  # type: ignore[arg-type]
-    assert run.calibrate(tiny_llama, **values["calibrate"]).summary["tokens"] == 512
+    assert run.calibrate(tiny_llama, **values["calibrate"]).tokens == 512
     dense = ModelConfig(path=str(tiny_llama), dtype="float32")
     with pytest.raises(WeaverError, match="calibrate: made "):
         run.calibrate(dense, **{**values["calibrate"], "tokens": 256})
-    assert run.partition(**values["partition"]).summary["method"] == "cmoe"
-    assert run.build_router(kind="mean-gate").summary["router"] == "mean-gate"
+    assert run.partition(**values["partition"]).method == "cmoe"
+    assert run.build_router(kind="mean-gate").router == "mean-gate"
     run.assemble(**values["assemble"])
     model, tokenizer = weaver.load(run, dtype="float32")
     assert type(model).__name__ == "WeaverLlamaForCausalLM"
@@ -123,7 +123,7 @@ def test_measurements_are_those_on_disk(run: weaver.Run) -> None:
     folder = run.export("weaver", run.path / "own")
     assert (folder / "config.json").exists()
     trained = run.finetune(steps=1, batch_size=1, sequence_length=32, eval_windows=1)
-    assert len(trained.summary["losses"]) == 1
+    assert len(trained.losses) == 1
 
 
 def test_options_and_directories_are_checked(run: weaver.Run) -> None:

@@ -17,8 +17,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from weaver.artifacts.bench_results import BenchResult
 from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import StageManifest
-from weaver.artifacts.results import EvalResult
+from weaver.artifacts.results import EvalResult, Record
 from weaver.artifacts.store import read_json
+from weaver.artifacts.summaries import (
+    AssembleSummary,
+    CalibrateSummary,
+    EvalSummary,
+    ExportSummary,
+    FinetuneSummary,
+    PartitionSummary,
+    RouterSummary,
+    read_summary,
+)
 from weaver.config.finetuning import FinetuneConfig
 from weaver.config.loading import RunConfig, merge_sections, parse_config
 from weaver.config.sections import (
@@ -53,6 +63,7 @@ from weaver.stages.pipeline import conversion_calls, run_pipeline
 
 RunDir = str | PathLike[str]
 S = TypeVar("S", bound=Section)
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,9 @@ class Run:
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", Path(self.data_dir))
 
-    def calibrate(self, model: str | PathLike[str] | ModelConfig, **options: Any) -> StageManifest:
+    def calibrate(
+        self, model: str | PathLike[str] | ModelConfig, **options: Any
+    ) -> CalibrateSummary:
         """Stream text through a dense model and keep statistics of every FFN.
 
         Args:
@@ -89,9 +102,9 @@ class Run:
         """
         dense = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
         config = _section(CalibrateConfig, options)
-        return self._stage("calibrate", lambda c: calibrate(c, dense, config))
+        return self._stage(CalibrateSummary, "calibrate", lambda c: calibrate(c, dense, config))
 
-    def partition(self, *, calibration: Path | None = None, **options: Any) -> StageManifest:
+    def partition(self, *, calibration: Path | None = None, **options: Any) -> PartitionSummary:
         """Divide the neurons of every FFN between a shared expert and routed ones.
 
         Args:
@@ -101,34 +114,35 @@ class Run:
         """
         router = _section(RouterConfig, options.pop("router", {}))
         config = _section(PartitionConfig, options)
-        return self._stage("partition", lambda c: partition(c, config, router, calibration))
+        call = lambda c: partition(c, config, router, calibration)  # noqa: E731
+        return self._stage(PartitionSummary, "partition", call)
 
-    def build_router(self, **options: Any) -> StageManifest:
+    def build_router(self, **options: Any) -> RouterSummary:
         """Build a router per layer and solve for refit and constants.
 
         Args:
             options: fields of ``RouterConfig``.
         """
         config = _section(RouterConfig, options)
-        return self._stage("build-router", lambda c: build_routers(c, config))
+        return self._stage(RouterSummary, "build-router", lambda c: build_routers(c, config))
 
-    def assemble(self, **options: Any) -> StageManifest:
+    def assemble(self, **options: Any) -> AssembleSummary:
         """Write the converted model and try it on a few hundred tokens.
 
         Args:
             options: fields of ``AssembleConfig``.
         """
         config = _section(AssembleConfig, options)
-        return self._stage("assemble", lambda c: assemble(c, config))
+        return self._stage(AssembleSummary, "assemble", lambda c: assemble(c, config))
 
-    def finetune(self, **options: Any) -> StageManifest:
-        """Train the converted model for some steps; its manifest has losses and evaluations.
+    def finetune(self, **options: Any) -> FinetuneSummary:
+        """Train the converted model for some steps; the summary has losses and evaluations.
 
         Args:
             options: fields of ``FinetuneConfig``.
         """
         config = _section(FinetuneConfig, options)
-        return self._stage("finetune", lambda c: finetune(c, config))
+        return self._stage(FinetuneSummary, "finetune", lambda c: finetune(c, config))
 
     def evaluate(self, *, finetuned: bool = True, **options: Any) -> EvalResult:
         """Measure perplexity, KL, agreement and usage against the dense model.
@@ -138,7 +152,7 @@ class Run:
             options: fields of ``EvalConfig``.
         """
         config = _section(EvalConfig, options)
-        self._stage("eval", lambda c: evaluate(c, config, finetuned=finetuned))
+        self._stage(EvalSummary, "eval", lambda c: evaluate(c, config, finetuned=finetuned))
         return EvalResult.model_validate(self._results("eval"))
 
     def bench(self, *, finetuned: bool = True, **options: Any) -> BenchResult:
@@ -149,7 +163,7 @@ class Run:
             options: fields of ``BenchConfig``.
         """
         config = _section(BenchConfig, options)
-        self._stage("bench", lambda c: bench(c, config, finetuned=finetuned))
+        self._stage(BenchResult, "bench", lambda c: bench(c, config, finetuned=finetuned))
         return BenchResult.from_flat_rows(self._results("bench"))
 
     def export(self, target: str | None = None, out: Path | None = None, **options: Any) -> Path:
@@ -165,7 +179,7 @@ class Run:
         """
         config = _section(ExportConfig, {"target": target, **options})
         plan = plan_export(self._context(), config, out)
-        self._stage("export", lambda c: export(c, plan))
+        self._stage(ExportSummary, "export", lambda c: export(c, plan))
         return plan.folder
 
     def report(self) -> str:
@@ -191,10 +205,11 @@ class Run:
             progress=stage_progress() if self.progress else no_progress,
         )
 
-    def _stage(self, name: str, call: Callable[[StageContext], StageManifest]) -> StageManifest:
+    def _stage(self, kind: type[R], name: str, call: Callable[[StageContext], StageManifest]) -> R:
+        """Run a stage; its summary."""
         manifests: dict[str, StageManifest] = {}
         run_pipeline(self._context(), {name: call}, manifests.__setitem__)
-        return manifests[name]
+        return read_summary(kind, manifests[name].summary)
 
 
 def convert(
