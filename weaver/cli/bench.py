@@ -25,7 +25,7 @@ class Level(StrEnum):
 
 
 class RoutingPattern(StrEnum):
-    """Where the routing of single FFNs comes from."""
+    """Source of the routing of single FFNs."""
 
     REAL = "real"
     UNIFORM = "uniform"

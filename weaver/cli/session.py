@@ -32,7 +32,7 @@ console = Console(highlight=False, soft_wrap=True, width=_columns())
 
 @dataclass(frozen=True)
 class Output:
-    """What a command that runs stages prints: tables, JSON, or errors alone.
+    """Output of a command that runs stages: tables, JSON, or errors alone.
 
     Args:
         quiet: no progress, no notes and no tables.

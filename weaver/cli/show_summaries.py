@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from weaver.artifacts.bench_results import BenchResult
-from weaver.artifacts.results import PositionKl, RouterReport, SmokeResult
+from weaver.artifacts.results import PositionKl, Record, RouterReport, SmokeResult
 from weaver.artifacts.summaries import (
     AssembleSummary,
     CalibrateSummary,
@@ -39,27 +39,6 @@ _LESS = (
     "weaver generate shows what a model writes, weaver eval measures it in full"
 )
 _FINITE = "weaver assemble with --dtype float32 and --force; weaver generate shows what it writes"
-
-
-def show_summary(console: Console, stage: str, values: dict[str, Any]) -> None:
-    """Print the summary in the manifest of a stage."""
-    match stage:
-        case "calibrate":
-            _show_calibrate(console, read_summary(CalibrateSummary, values))
-        case "partition":
-            _show_partition(console, read_summary(PartitionSummary, values))
-        case "build-router":
-            _show_router(console, read_summary(RouterSummary, values))
-        case "assemble":
-            _show_assemble(console, read_summary(AssembleSummary, values))
-        case "finetune":
-            _show_finetune(console, read_summary(FinetuneSummary, values))
-        case "export":
-            _show_export(console, read_summary(ExportSummary, values))
-        case "eval":
-            _show_eval(console, read_summary(EvalSummary, values))
-        case "bench":
-            show_bench(console, read_summary(BenchResult, values))
 
 
 def _show_calibrate(console: Console, summary: CalibrateSummary) -> None:
@@ -250,3 +229,21 @@ def _show_router_report(console: Console, report: RouterReport) -> None:
     )
     headers = ("layer", *(header for header, _ in columns.values()))
     console.print(console_table(title, headers, rows))
+
+
+_TABLES: dict[str, tuple[type[Record], Callable[[Console, Any], None]]] = {
+    "calibrate": (CalibrateSummary, _show_calibrate),
+    "partition": (PartitionSummary, _show_partition),
+    "build-router": (RouterSummary, _show_router),
+    "assemble": (AssembleSummary, _show_assemble),
+    "finetune": (FinetuneSummary, _show_finetune),
+    "export": (ExportSummary, _show_export),
+    "eval": (EvalSummary, _show_eval),
+    "bench": (BenchResult, show_bench),
+}
+
+
+def show_summary(console: Console, stage: str, values: dict[str, Any]) -> None:
+    """Print the summary in the manifest of a stage."""
+    kind, show = _TABLES[stage]
+    show(console, read_summary(kind, values))

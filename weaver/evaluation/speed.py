@@ -97,7 +97,7 @@ def device_header(
     level: BenchLevel = "model",
     routing: BenchRouting = "real",
 ) -> BenchHeader:
-    """Where times are taken: processor or GPU, torch's threads, dtype, versions.
+    """Header of a measurement: processor or GPU, torch's threads, dtype, versions.
 
     Args:
         dtype: dtype of the models.

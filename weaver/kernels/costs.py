@@ -65,7 +65,7 @@ class LayerKind:
 
     @property
     def file(self) -> FilePath:
-        """Where its costs are kept."""
+        """File of its costs."""
         device = torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
         kernel = compiled_kernel().parent.name if self.backend == "native" else ""
         text = f"{self} {device} torch {torch.__version__} {kernel} {TOKENS} {REPEATS}"

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps its FFNs: per layer, per expert, or as rows that weaver permuted."""
+"""Names of the FFNs in a checkpoint: per layer, per expert, or as rows that weaver permuted."""
 
 from __future__ import annotations
 

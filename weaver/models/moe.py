@@ -142,7 +142,7 @@ class MoEFeedForward(nn.Module):
             return router_logits(x_TD, self.router(), self.activation).softmax(dim=-1)
 
     def path(self, x_TD: Tensor, routing: Routing) -> str:
-        """Who computes the FFN of these tokens, and how: "native grouped", "torch masked", ..."""
+        """Name backend and path of these tokens: "native grouped", "torch masked", ..."""
         weights = self.weights()
         backend = backend_for(x_TD, weights, routing.weights_P, self.expert_bias)
         return f"{backend} {choose_path(weights, routing, self.shape.num_shared_neurons, backend)}"

@@ -24,7 +24,7 @@ _WIDE = ("dense by", "dense tokens/s", "of bound", "path", "routing ms")
 
 
 def bench_title(header: dict[str, Any]) -> str:
-    """Where and how the times were taken, from the fields of a ``BenchHeader``."""
+    """Title of a table of times, from the fields of a ``BenchHeader``."""
     # Results of earlier versions have less.
     peak, clock = header.get("peak_memory_bytes"), header.get("clock_mhz")
     return (

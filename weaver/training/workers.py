@@ -87,7 +87,7 @@ class Workers:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """Device of this process."""
         return torch.device(self.state.device)
 
     @property

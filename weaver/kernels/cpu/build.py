@@ -57,7 +57,7 @@ def is_available() -> bool:
 
 
 def compiled_kernel() -> Path:
-    """Where the library for this source, torch and processor lies or would lie."""
+    """Path of the library for this source, torch and processor, compiled or not."""
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((Path(__file__).parent / name).read_bytes())
