@@ -17,7 +17,7 @@ from weaver.models.hf import register
 from weaver.models.loading import load_model
 from weaver.models.sites import read_shape, site_shapes
 from weaver.rundir.inputs import open_model
-from weaver.rundir.stage_folders import finished_stage
+from weaver.rundir.stage_folders import STAGE_FOLDERS, finished_stage
 from weaver.rundir.stage_run import StageContext
 
 
@@ -91,12 +91,18 @@ def converted_folder(run_dir: Path) -> Path:
     return _newest(StageContext(run_dir), finetuned=True)[1]
 
 
+def model_folder_of(run_dir: Path, *, finetuned: bool) -> Path:
+    """Model folder of a run: the one that ``finetune`` wrote, or ``assemble``."""
+    stage = "finetune" if finetuned else "assemble"
+    return run_dir / STAGE_FOLDERS[stage] / ("model" if finetuned else "")
+
+
 def _newest(context: StageContext, *, finetuned: bool) -> tuple[str, Path, StageManifest, InputRef]:
     stage = "assemble"
     if finetuned and (context.folder("finetune") / MANIFEST).exists():
         stage = "finetune"
     manifest, ref = finished_stage(context.folder(stage), stage)
-    folder = context.folder(stage) / ("model" if stage == "finetune" else "")
+    folder = model_folder_of(context.run_dir, finetuned=stage == "finetune")
     return stage, folder, manifest, ref
 
 
