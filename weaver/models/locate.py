@@ -12,7 +12,8 @@ from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.gguf import dequantise
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# README.md is the model card, which names the licence.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 # The same weights once more, in the layout of the vendor's own code.
 _HUB_DUPLICATES = ["consolidated*", "original/*"]
 

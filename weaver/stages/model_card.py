@@ -100,9 +100,10 @@ def _measured(result: EvalResult) -> dict[str, str]:
     """Rows of the card: what the model lost, on which text, at which cost."""
     dense, moe = result.dense, result.moe
     flops = result.measured_ffn_flops_per_token / dense.ffn_flops_per_token
+    # Folders of whoever measured are nobody's business.
+    text = ", ".join(Path(name).name for name in result.config["data"])
     rows = {
-        "text": f"{', '.join(result.config['data'])}, {result.tokens} predicted tokens in windows "
-        f"of {result.sequence_length}",
+        "text": f"{text}, {result.tokens} predicted tokens in windows of {result.sequence_length}",
         "perplexity": f"{format_number(moe.perplexity)} (dense {format_number(dense.perplexity)})",
         "KL(dense, converted), nats per token": format_number(result.kl),
         "top-1 agreement": format_percent(result.top1_agreement),
