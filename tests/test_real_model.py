@@ -54,7 +54,7 @@ def convert(run_dir: Path, calibration: Path, **settings: Any) -> dict[str, Any]
     partition(context, PartitionConfig(sparsity=0.25, **settings), routes, calibration)
     build_routers(context, routes)
     assemble(context, AssembleConfig(dtype="float32", smoke_test=False))
-    evaluate(context, EvalConfig(sequence_length=512, windows=2, dtype="float32"))
+    evaluate(context, EvalConfig(sequence_length=512, windows=4, dtype="float32"))
     results: dict[str, Any] = json.loads((run_dir / "eval" / "results.json").read_text())
     return results
 
