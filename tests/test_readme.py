@@ -103,7 +103,7 @@ def test_the_table_of_export_targets_is_the_registry(document: str) -> None:
     assert [row[0] for row in table(document, "`--to`")] == list(NAMES)
 
 
-@pytest.mark.parametrize(("row", "sparsity"), enumerate(["25%", "50%"]))
+@pytest.mark.parametrize(("row", "sparsity"), list(enumerate(["25%", "50%"])))
 def test_the_speeds_are_those_of_the_benchmarks(row: int, sparsity: str) -> None:
     benchmarks = (ROOT / "docs" / "benchmarks.md").read_text()
     section = benchmarks.split(f"\n### 8 slices, {sparsity}, weave\n")[1].split("\n#")[0]
