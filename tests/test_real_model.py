@@ -1,6 +1,6 @@
 """The whole chain on SmolLM2-135M, with bounds that fail when a method breaks.
 
-``make test`` fetches the model. The bounds leave room for the small calibration (2,048 tokens), but
+``make test`` fetches the model. The bounds leave room for the small calibration (4,096 tokens), but
 none for a broken method: at 25% sparsity a random split with a random router measures a KL above 2.
 """
 
@@ -41,7 +41,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
         context,
         # Processors without 16-bit products take several times as long in the checkpoint's dtype.
         ModelConfig(path=str(MODEL), dtype="float32"),
-        CalibrateConfig(tokens=2048, sequence_length=512, input_sample_mb=8),
+        CalibrateConfig(tokens=4096, sequence_length=512, input_sample_mb=8),
     )
     return context.folder("calibrate")
 
@@ -65,7 +65,7 @@ def test_methods_keep_their_quality_and_their_order(tmp_path: Path, calibration:
     routed = convert(tmp_path / "ew", calibration, method="expertweaver")
     chance = convert(tmp_path / "random", calibration, method="random", router="random")
     assert 8 < flap["dense"]["perplexity"] < 30
-    assert flap["kl"] < 0.8
+    assert flap["kl"] < 0.6
     assert routed["kl"] < 1.1
     assert flap["kl"] < routed["kl"] < chance["kl"]
     assert weave["kl"] < 0.5 * flap["kl"]

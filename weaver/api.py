@@ -18,7 +18,6 @@ from weaver.artifacts.bench_results import BenchResult
 from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import StageManifest
 from weaver.artifacts.results import EvalResult, Record
-from weaver.artifacts.store import read_json
 from weaver.artifacts.summaries import (
     AssembleSummary,
     CalibrateSummary,
@@ -48,7 +47,7 @@ from weaver.models.loading import load_model
 from weaver.report.comparison import HEADERS, comparison_rows
 from weaver.report.progress import stage_progress
 from weaver.report.tables import markdown_table
-from weaver.rundir.stage_folders import stage_command
+from weaver.rundir.measurements import read_bench, read_eval
 from weaver.rundir.stage_run import StageContext, no_progress
 from weaver.stages.assemble import assemble
 from weaver.stages.bench import bench
@@ -153,7 +152,7 @@ class Run:
         """
         config = _section(EvalConfig, options)
         self._stage(EvalSummary, "eval", lambda c: evaluate(c, config, finetuned=finetuned))
-        return EvalResult.model_validate(self._results("eval"))
+        return read_eval(self.path)
 
     def bench(self, *, finetuned: bool = True, **options: Any) -> BenchResult:
         """Time prefill and decoding, dense and converted in turn.
@@ -164,7 +163,7 @@ class Run:
         """
         config = _section(BenchConfig, options)
         self._stage(BenchResult, "bench", lambda c: bench(c, config, finetuned=finetuned))
-        return BenchResult.from_flat_rows(self._results("bench"))
+        return read_bench(self.path)
 
     def export(self, target: str | None = None, out: Path | None = None, **options: Any) -> Path:
         """Write the model for other runtimes.
@@ -188,13 +187,7 @@ class Run:
         Raises:
             WeaverError: one of them has not finished.
         """
-        return markdown_table(
-            HEADERS, comparison_rows(self._results("eval"), self._results("bench"))
-        )
-
-    def _results(self, stage: str) -> Any:
-        path = self._context().folder(stage) / "results.json"
-        return read_json(path, rebuild=stage_command(stage, self.path))
+        return markdown_table(HEADERS, comparison_rows(read_eval(self.path), read_bench(self.path)))
 
     def _context(self) -> StageContext:
         return StageContext(

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from weaver.artifacts.manifest import read_manifest
 from weaver.cli.app import app
+from weaver.cli.session import Output
 
 STAGES = ["calibrate", "partition", "build-router", "assemble", "eval", "bench"]
 
@@ -69,3 +70,19 @@ def test_a_run_as_json(finished: Path, tiny_llama: Path, tmp_path: Path) -> None
 def test_a_skipped_stage_says_so(finished: Path) -> None:
     result = _weaver("assemble", "--run-dir", finished, "--no-smoke-test")
     assert "assemble: complete, skipped" in result.stdout
+
+
+def test_warnings_stay_without_tables(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(finished / "model", rebuild="")
+    tested = {
+        **{"tokens": 282, "kl": 9.0, "not_finite": 0, "dense_not_finite": 0},
+        **{"repetition": 0.9, "dense_repetition": 0.1, "degenerate": ["it repeats itself"]},
+    }
+    odd = manifest.model_copy(update={"summary": manifest.summary | {"smoke_test": tested}})
+    for output in (Output(quiet=True), Output(as_json=True)):
+        output.stage("assemble", manifest, finished / "model")
+        assert capsys.readouterr() == ("", "")
+        output.stage("assemble", odd, finished / "model")
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "warning: degenerate: it repeats itself" in err

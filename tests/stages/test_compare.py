@@ -94,8 +94,10 @@ def test_the_forms_say_the_same(runs: tuple[Path, Path]) -> None:
     assert headers == ["", str(runs[0]), str(runs[1])]
     assert cells["  less the first run's"][0] == ""
     assert cells["  less the first run's"][1].startswith(("+", "-"))
-    assert ("x" in cells["timed on"][0], cells["timed on"][1]) == ("x" in str(found[0].device), "")
-    assert all(name in cells for name in (f"speed-up, {phase}" for phase in found[0].speedups))
+    assert found[0].device
+    assert cells["timed on"] == (found[0].device, "")
+    assert {f"speed-up, {phase}" for phase in found[0].speedups} <= cells.keys()
+    assert found[0].speedups
 
     plain = weaver(*runs)
     assert plain.exit_code == 0, plain.output

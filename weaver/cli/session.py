@@ -35,8 +35,8 @@ class Output:
     """Output of a command that runs stages: tables, JSON, or errors alone.
 
     Args:
-        quiet: no progress, no notes and no tables.
-        as_json: one JSON value instead of tables; notes go to standard error.
+        quiet: no progress, no notes and no tables; warnings on standard error.
+        as_json: one JSON value instead of tables; notes and warnings go to standard error.
         rows: stages that were shown, as values of JSON.
     """
 
@@ -55,8 +55,12 @@ class Output:
         from weaver.rundir.inspection import stage_row
 
         self.rows.append(stage_row(name, folder, manifest))
-        if not self.quiet and not self.as_json:
+        if self.shows_tables:
             show_manifest(console, name, manifest, folder)
+            return
+        from weaver.cli.show_summaries import show_warnings
+
+        show_warnings(Console(stderr=True, soft_wrap=True), name, manifest.summary)
 
     def finish(self, *, single: bool) -> None:
         """Print the JSON: of the one stage, or of all in a list."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,8 +64,9 @@ def show_states(console: Console, states: Sequence[StageState]) -> None:
 
 def show_results(console: Console, run_dir: Path, *, finetuned: bool) -> None:
     """Dense against converted, from the results of eval and bench; and where the model lies."""
-    quality = json.loads((run_dir / "eval" / "results.json").read_text())
-    speed = json.loads((run_dir / "bench" / "results.json").read_text())
-    title = f"dense against converted, FFN sparsity {format_percent(quality['ffn_sparsity'])}"
-    console.print(console_table(title, HEADERS, comparison_rows(quality, speed)))
+    from weaver.rundir.measurements import read_bench, read_eval
+
+    quality = read_eval(run_dir)
+    title = f"dense against converted, FFN sparsity {format_percent(quality.ffn_sparsity)}"
+    console.print(console_table(title, HEADERS, comparison_rows(quality, read_bench(run_dir))))
     console.print(f"model: {run_dir / ('finetune/model' if finetuned else 'model')}")

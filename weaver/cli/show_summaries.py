@@ -135,6 +135,10 @@ def _show_smoke_test(console: Console, tested: SmokeResult | SkippedTest) -> Non
         f"  smoke test: KL {kl} over {tested.tokens} tokens, repetition "
         f"{format_percent(tested.repetition)} (dense {format_percent(tested.dense_repetition)})"
     )
+    _warn_degenerate(console, tested)
+
+
+def _warn_degenerate(console: Console, tested: SmokeResult) -> None:
     if tested.degenerate:
         fix = _FINITE if tested.kl is None else _LESS
         console.print(
@@ -247,3 +251,11 @@ def show_summary(console: Console, stage: str, values: dict[str, Any]) -> None:
     """Print the summary in the manifest of a stage."""
     kind, show = _TABLES[stage]
     show(console, read_summary(kind, values))
+
+
+def show_warnings(console: Console, stage: str, values: dict[str, Any]) -> None:
+    """Print what a summary warns of, and nothing else."""
+    if stage == "assemble":
+        tested = read_summary(AssembleSummary, values).smoke_test
+        if isinstance(tested, SmokeResult):
+            _warn_degenerate(console, tested)

@@ -17,10 +17,10 @@ from weaver.data.packing import read_windows
 from weaver.evaluation.speed import device_header, measure_decode, measure_prefill
 from weaver.report.plots import speedup_plot
 from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.measurements import RESULTS
 from weaver.rundir.stage_run import StageContext, StageRun
 
 STAGE = "bench"
-RESULTS = "results.json"
 PLOT = "speedup.svg"
 
 # Tokens of the prompt in front of the decoded ones.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,12 +12,12 @@ from weaver.artifacts.bench_results import BenchResult
 from weaver.artifacts.compared_runs import ComparedRun, ComparedTask, Interval
 from weaver.artifacts.manifest import MANIFEST, StageManifest
 from weaver.artifacts.results import EvalResult
-from weaver.artifacts.store import read_json
 from weaver.artifacts.summaries import PartitionSummary, read_summary
 from weaver.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
-from weaver.report.comparison import task_rows
+from weaver.report.comparison import TaskRow, task_rows
 from weaver.rundir.converted_model import model_folder_of
-from weaver.rundir.stage_folders import STAGE_FOLDERS, finished_stage, stage_command
+from weaver.rundir.measurements import read_bench, read_eval
+from weaver.rundir.stage_folders import STAGE_FOLDERS, finished_stage
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,8 @@ def _read(run_dir: Path) -> _Measured:
     bench = None
     if (run_dir / STAGE_FOLDERS["bench"] / MANIFEST).exists():
         finished_stage(run_dir / STAGE_FOLDERS["bench"], "bench")
-        bench = BenchResult.from_flat_rows(_results(run_dir, "bench"))
-    return _Measured(run_dir, manifest, EvalResult.model_validate(_results(run_dir, "eval")), bench)
-
-
-def _results(run_dir: Path, stage: str) -> Any:
-    path = run_dir / STAGE_FOLDERS[stage] / "results.json"
-    return read_json(path, rebuild=stage_command(stage, run_dir))
+        bench = read_bench(run_dir)
+    return _Measured(run_dir, manifest, read_eval(run_dir), bench)
 
 
 def _compared(run: _Measured, first: _Measured | None) -> ComparedRun:
@@ -92,29 +86,26 @@ def _kl_difference(result: EvalResult, first: _Measured | None) -> Interval | No
 
 
 def _tasks(result: EvalResult, first: _Measured | None) -> dict[str, ComparedTask]:
-    rows = task_rows(result.dense.task_metrics, result.moe.task_metrics)
     return {
-        label: ComparedTask(
-            dense=dense, converted=converted, difference=_hit_difference(label, result, first)
+        row.label: ComparedTask(
+            dense=row.dense,
+            converted=row.converted,
+            difference=_hit_difference(row, result, first),
         )
-        for label, dense, converted in rows
+        for row in task_rows(result.dense.task_metrics, result.moe.task_metrics)
     }
 
 
-def _hit_difference(label: str, result: EvalResult, first: _Measured | None) -> Interval | None:
-    """Difference of the hits behind a row of ``task_rows``."""
-    name, metric = label.rsplit(", ", 1)
-    path = next(path for path in result.moe.tasks if Path(path).stem == name)
-    other = None if first is None else first.result.moe.tasks.get(path)
-    hits = result.moe.tasks[path].correct.get(metric)
-    if first is None or other is None or hits is None:
+def _hit_difference(row: TaskRow, result: EvalResult, first: _Measured | None) -> Interval | None:
+    """Difference of the hits behind a row; None where they are not of the same items."""
+    if first is None or row.task not in first.result.moe.tasks:
         return None
-    theirs, key = other.correct.get(metric), f"task {path}"
-    if theirs is None or len(theirs) != len(hits):
+    key, pair = f"task {row.task}", (result, first.result)
+    ours, theirs = (each.moe.tasks[row.task].correct.get(row.metric, ()) for each in pair)
+    # The harness keeps no hits, and its items have no digest.
+    if not ours or len(ours) != len(theirs) or len({each.digests.get(key) for each in pair}) > 1:
         return None
-    if result.digests.get(key) != first.result.digests.get(key):
-        return None
-    return _interval(paired_bootstrap(hits, theirs, _generator()))
+    return _interval(paired_bootstrap(ours, theirs, _generator()))
 
 
 def _interval(values: tuple[float, float, float]) -> Interval:

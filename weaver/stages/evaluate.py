@@ -27,7 +27,7 @@ from weaver.artifacts.results import (
     TaskResult,
     WindowValues,
 )
-from weaver.artifacts.store import file_digest, read_json, values_digest, write_json
+from weaver.artifacts.store import file_digest, values_digest, write_json
 from weaver.artifacts.summaries import AssembleSummary, EvalSummary, read_summary
 from weaver.config.sections import EvalConfig
 from weaver.conversion.layer_budgets import refuse_experts
@@ -43,13 +43,13 @@ from weaver.models.accounting import ModelAccount
 from weaver.models.ffns import site_prefix
 from weaver.report.comparison import task_rows
 from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.measurements import RESULTS, read_eval
 from weaver.rundir.stage_folders import stage_command
 from weaver.rundir.stage_run import StageContext, StageRun
 from weaver.stages.model_card import write_card
 from weaver.stages.router_report import held_out_positions, open_report, router_report
 
 STAGE = "eval"
-RESULTS = "results.json"
 HARNESS = "harness:"
 
 
@@ -138,7 +138,7 @@ def measured_quality(context: StageContext, converted: ConvertedModel) -> EvalRe
     measured = read_manifest(folder, rebuild=command).request.inputs.get(converted.stage)
     if measured is None or measured.digest != converted.ref.digest:
         return None
-    return EvalResult.model_validate(read_json(folder / RESULTS, rebuild=command))
+    return read_eval(context.run_dir)
 
 
 def _complete_card(converted: ConvertedModel, context: StageContext) -> None:
@@ -290,6 +290,8 @@ def _summary(result: EvalResult) -> EvalSummary:
         measured_ffn_flops=result.measured_ffn_flops_per_token,
         active_parameters=result.active_parameters,
         total_parameters=result.total_parameters,
-        tasks=tuple(task_rows(result.dense.task_metrics, result.moe.task_metrics)),
+        tasks=tuple(
+            row.cells for row in task_rows(result.dense.task_metrics, result.moe.task_metrics)
+        ),
         router=result.router,
     )

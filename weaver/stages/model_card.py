@@ -68,7 +68,7 @@ def write_card(
         two_level=bool(account.sites),
     )
     path, text = folder / CARD, model_card(facts)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         write_text(path, text)
 
 
@@ -109,8 +109,8 @@ def _measured(result: EvalResult) -> dict[str, str]:
         "top-1 agreement": format_percent(result.top1_agreement),
         "FFN FLOPs, measured, of the dense model's": format_percent(flops),
     }
-    for label, before, after in task_rows(dense.task_metrics, moe.task_metrics):
-        rows[label] = f"{after} (dense {before})"
+    for row in task_rows(dense.task_metrics, moe.task_metrics):
+        rows[row.label] = f"{row.converted} (dense {row.dense})"
     return rows
 
 
