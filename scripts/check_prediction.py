@@ -24,7 +24,7 @@ from weaver.conversion.partition_settings import resolve_settings
 from weaver.conversion.splitter import LayerSplitter
 from weaver.conversion.trials import Trial, convert_alone
 from weaver.evaluation.perplexity import compare
-from weaver.evaluation.sensitivity import predicted_kl
+from weaver.algorithms.sensitivity import predicted_kl
 from weaver.models.loading import load_model
 from weaver.report.tables import format_percent, markdown_table
 from weaver.rundir.inputs import open_calibration
@@ -128,7 +128,7 @@ HEADER = """# Predicted and measured KL
 Made by `scripts/check_prediction.py` on {model}. One layer is converted by weave and the others
 stay dense; both columns are of the same {tokens} calibration tokens, which the layer was not fitted
 on ({fit} others were). Predicted: half the mean squared projection of the layer's output error on
-the Fisher gradient there (`weaver/evaluation/sensitivity.py`), which neglects what tokens do to
+the Fisher gradient there (`weaver/algorithms/sensitivity.py`), which neglects what tokens do to
 each other and all terms beyond the second order. Measured: KL(dense || converted), nats per token,
 float32.
 """

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weaver.algorithms.glu import glu_hidden
-from weaver.artifacts.types import EARLY_TOKENS, EARLY_WEIGHT
+from weaver.artifacts.types import EARLY_TOKENS, EARLY_WEIGHT, REFIT_POWER, SELECTION_POWER
 from weaver.methods.selection import (
     RESERVED,
     experts_by_place,
@@ -118,6 +118,19 @@ def test_early_tokens_and_small_outputs_count_more(make_profile: Any) -> None:
     assert plain.error_weights_N.tolist() == [1.0] * 4
     assert not plain.first_tokens_N.any()
     assert profile.keeping(torch.tensor([2, 3])).error_weights_N.tolist() == [0.5, 1.5]
+
+
+def test_sensitive_tokens_count_more_in_a_refit_than_in_a_selection(make_profile: Any) -> None:
+    sensitivity_N = torch.tensor([1.0, 16.0])
+    profile = make_profile(3, ffn_inputs_ND=torch.zeros(2, 2), input_sensitivities_N=sensitivity_N)
+    refit, selection = (
+        float(weights_N[1] / weights_N[0])
+        for weights_N in (profile.error_weights_N, profile.selection_weights_N)
+    )
+    assert refit == pytest.approx(16**REFIT_POWER)
+    assert selection == pytest.approx(16**SELECTION_POWER)
+    assert refit > selection
+    assert profile.keeping(torch.tensor([1])).input_sensitivities_N.tolist() == [16.0]
 
 
 def test_scores_predict_the_root_of_the_contributions_norm() -> None:

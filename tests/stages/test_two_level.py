@@ -208,7 +208,7 @@ def test_an_expert_that_no_token_reaches(qwen3_moe: Path) -> None:
         chosen_TK = experts_TK[rows]
         weights_TK = torch.ones(chosen_TK.shape)
         inputs.add(x_TD[rows], Routing.of_top_k(chosen_TK, weights_TK, NUM_EXPERTS))
-    profiler = Profiler(packed, CalibrateConfig(activation_top_k=2), torch.float32, seed=0)
+    profiler = Profiler(packed, CalibrateConfig(activation_top_k=2), torch.float32, 0, None)
 
     def profile(expert: int) -> LayerProfile:
         site = checkpoint.sites[1 + expert]

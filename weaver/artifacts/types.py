@@ -30,6 +30,11 @@ FIRST_TOKENS = 2
 # more than others they count in every fit. docs/LOG.md has what other weights gave.
 EARLY_TOKENS, EARLY_WEIGHT = 16, 2.0
 
+# Powers of a token's sensitivity that count in a refit, and where experts are selected. The
+# sensitivity is that of small errors in one layer alone; those of a conversion are neither.
+# docs/LOG.md has measurements.
+REFIT_POWER, SELECTION_POWER = 0.6, 0.4
+
 
 @dataclass(frozen=True)
 class LayerProfile(TensorRecord):
@@ -56,6 +61,8 @@ class LayerProfile(TensorRecord):
         input_weights_N: how much an error in the output at each of them counts, float32, positive;
             None where all count the same. See ``weaver.algorithms.statistics.error_weights``, by
             which the mean and variance of h are weighted too.
+        input_sensitivities_N: what a small error there is predicted to cost, 1 in the geometric
+            mean, float32, positive (``weaver.algorithms.sensitivity``); None where not known.
 
     Raises:
         ValueError: places or weights are not one per FFN input.
@@ -75,9 +82,10 @@ class LayerProfile(TensorRecord):
     group_hidden_variance_GF: Tensor | None = None
     input_places_N: Tensor | None = None
     input_weights_N: Tensor | None = None
+    input_sensitivities_N: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for values_N in (self.input_places_N, self.input_weights_N):
+        for values_N in (self.input_places_N, self.input_weights_N, self.input_sensitivities_N):
             if values_N is not None and values_N.shape[0] != self.ffn_inputs_ND.shape[0]:
                 raise ValueError("places and weights need one value per FFN input that is kept")
 
@@ -92,6 +100,7 @@ class LayerProfile(TensorRecord):
             ffn_inputs_ND=self.ffn_inputs_ND[rows_n],
             input_places_N=take(self.input_places_N),
             input_weights_N=take(self.input_weights_N),
+            input_sensitivities_N=take(self.input_sensitivities_N),
         )
 
     @property
@@ -103,13 +112,24 @@ class LayerProfile(TensorRecord):
 
     @property
     def error_weights_N(self) -> Tensor:
-        """How much an error at each FFN input counts, 1 on average, float32, (N,).
+        """How much an error at each FFN input counts in a refit, 1 on average, float32, (N,).
 
-        ``input_weights_N``, times ``EARLY_WEIGHT`` for a sequence's ``EARLY_TOKENS``.
+        ``input_weights_N``, times a power of the sensitivity, times ``EARLY_WEIGHT`` for a
+        sequence's ``EARLY_TOKENS``.
         """
+        return self._weights(REFIT_POWER)
+
+    @property
+    def selection_weights_N(self) -> Tensor:
+        """The same where it decides which experts run."""
+        return self._weights(SELECTION_POWER)
+
+    def _weights(self, power: float) -> Tensor:
         weights_N = self.input_weights_N
         if weights_N is None:
             weights_N = torch.ones(self.ffn_inputs_ND.shape[0])
+        if self.input_sensitivities_N is not None:
+            weights_N = weights_N * self.input_sensitivities_N.pow(power)
         if self.input_places_N is not None:
             early_N = self.input_places_N < EARLY_TOKENS
             weights_N = torch.where(early_N, EARLY_WEIGHT * weights_N, weights_N)

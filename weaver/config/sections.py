@@ -41,7 +41,8 @@ class CalibrateConfig(Section):
     """Which text is run through the model, and which statistics are kept.
 
     ``activation_top_k``: K_a, neurons that a token marks (CMoE). ``input_sample_mb``: FFN inputs
-    kept per layer, megabytes.
+    kept per layer, megabytes. ``sensitivity_tokens``: tokens of the backward pass that finds how
+    much errors cost at each token; 0 weighs all alike.
     """
 
     data: tuple[str, ...] = Field(("builtin:calibration",), min_length=1, description=DATA)
@@ -49,6 +50,7 @@ class CalibrateConfig(Section):
     sequence_length: int = Field(512, gt=1, description=WINDOW)
     activation_top_k: int = Field(10, gt=0)
     input_sample_mb: float = Field(256.0, gt=0)
+    sensitivity_tokens: int = Field(4096, ge=0)
     groups: bool = Field(
         False,
         description="Keep the groups of the data apart, as many tokens of each (for dive).",

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.statistics import LayerStatistics, input_rows, sample_positions
+from weaver.artifacts.sensitivities import Sensitivities
 from weaver.artifacts.store import read_metadata, write_tensors
 from weaver.artifacts.types import LayerProfile
 from weaver.config.sections import CalibrateConfig
+from weaver.conversion.sensitivities import with_sensitivities
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
 from weaver.kernels.reference import Routing
@@ -179,23 +181,31 @@ class Profiler:
         config: which statistics are kept.
         dtype: dtype of the stream, which FFN inputs are kept in.
         seed: decides which FFN inputs are kept.
+        sensitivities: of a dense model; None where they are not known.
     """
 
     def __init__(
-        self, packed: PackedTokens, config: CalibrateConfig, dtype: torch.dtype, seed: int
+        self,
+        packed: PackedTokens,
+        config: CalibrateConfig,
+        dtype: torch.dtype,
+        seed: int,
+        sensitivities: Sensitivities | None,
     ) -> None:
         self.packed = packed
         self.config = config
         self.dtype = dtype
         self.seed = seed
+        self.sensitivities = sensitivities
 
     def observe(self, stream: ResumableStream, weights: GluWeights) -> LayerProfile:
         """Profile the layer without moving on."""
-        return self._profile(weights, stream.observe)
+        return self._profile(stream.next_layer, weights, stream.observe)
 
     def advance(self, stream: ResumableStream, weights: GluWeights) -> LayerProfile:
         """Profile the dense layer and step past it in the same pass."""
-        return self._profile(weights, lambda show: stream.advance(DenseFfn(weights, show)))
+        layer = stream.next_layer
+        return self._profile(layer, weights, lambda show: stream.advance(DenseFfn(weights, show)))
 
     def of_site(self, inputs: ExpertInputs, site: Site, weights: GluWeights) -> LayerProfile:
         """Profile of an FFN inside a MoE layer, over the tokens that reach it.
@@ -238,7 +248,9 @@ class Profiler:
             tokens=0,
         )
 
-    def _profile(self, weights: GluWeights, run: Callable[[FfnObserver], None]) -> LayerProfile:
+    def _profile(
+        self, layer: int, weights: GluWeights, run: Callable[[FfnObserver], None]
+    ) -> LayerProfile:
         ids_T = self.packed.sample_ids_WT.reshape(-1)
         statistics = LayerStatistics(
             weights,
@@ -257,4 +269,7 @@ class Profiler:
             seen += tokens
 
         run(observer)
-        return statistics.finish(self.packed.sample_groups_M)
+        profile = statistics.finish(self.packed.sample_groups_M)
+        if self.sensitivities is None:
+            return profile
+        return with_sensitivities(profile, self.sensitivities, layer)

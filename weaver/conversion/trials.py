@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from weaver.algorithms.glu import glu_forward
+from weaver.algorithms.sensitivity import predicted_kl
 from weaver.artifacts.types import LayerProfile
 from weaver.conversion.profiling import kept_positions
+from weaver.conversion.sensitivities import spread_windows
 from weaver.conversion.splitter import LayerSplitter
 from weaver.errors import WeaverError
-from weaver.evaluation.sensitivity import output_gradients, predicted_kl
 from weaver.models.accounting import LayerShape
-from weaver.models.loading import load_model
+from weaver.models.backward import fisher_gradients
 from weaver.models.moe import MoEFeedForward
+from weaver.models.stream import DecoderStream
 from weaver.rundir.inputs import Calibration, read_packed_tokens
 from weaver.rundir.stage_run import StageContext
 
@@ -119,23 +121,9 @@ class Trial:
                 why="trial layers are fitted on some windows and measured on others",
                 fix="calibrate with more --tokens; fisher budgets: or --allocation uniform",
             )
-        wanted = min(windows, 2 * max(1, SENSITIVITY_TOKENS // length))
-        chosen_w = torch.arange(wanted) * windows // wanted
-        model = load_model(
-            checkpoint.folder,
-            calibration.dtype,
-            trust_remote_code=checkpoint.model.trust_remote_code,
-        )
-        ffns = [
-            model.get_submodule(f"{checkpoint.family.layers}.{layer}.{checkpoint.family.ffn}")
-            for layer in range(checkpoint.num_layers)
-        ]
+        chosen_w = spread_windows(windows, 2 * max(SENSITIVITY_TOKENS, length), length)
         held_w = chosen_w[1::2]
-        generator = torch.Generator().manual_seed(context.seed)
-        with context.progress("partition: sensitivities", held_w.numel()) as advance:
-            gradients_L = output_gradients(
-                model, ffns, ids_WT[held_w], generator, lambda n: advance(f"window {n}")
-            )
+        gradients_L = _gradients(context, calibration, ids_WT[held_w])
         positions_N = kept_positions(
             ids_WT.numel(),
             calibration.config,
@@ -160,3 +148,14 @@ class Trial:
         rows_n = slot_W[kept_n // length] * length + kept_n % length
         gradients_L = [gradient_TD[rows_n] for gradient_TD in gradients_L]
         return cls(fit_n, held_out_n, gradients_L, ids_WT[held_w])
+
+
+def _gradients(context: StageContext, calibration: Calibration, ids_WT: Tensor) -> list[Tensor]:
+    """Fisher gradients at the outputs of the dense FFNs, one (W * T, D) per layer."""
+    stream = DecoderStream(calibration.checkpoint, calibration.dtype, ids_WT)
+    generator = torch.Generator().manual_seed(context.seed)
+    folder = context.folder("partition")
+    with context.progress("partition: sensitivities", 2 * stream.checkpoint.num_layers) as advance:
+        backward = fisher_gradients(stream, folder, generator, lambda n: advance(f"layer {n}"))
+        gradients = [found.gradients_TD for found in backward]
+    return gradients[::-1]

@@ -131,8 +131,8 @@ def ridge_router(
     ``s_e ~ ||(h_e - E[h_e]) Wd_e||^(1/2)``, linear in x with an intercept (``fit_scores``). For a
     layout with ``threshold`` selection the intercept is lowered, so that exactly the positive
     scores are selected: K per token on average over a calibration window, in which first tokens run
-    all experts and are no part of the regression. Where the FFN's output is normalised behind it,
-    contributions are relative to it (``LayerProfile.error_weights_N``).
+    all experts and are no part of the regression. A contribution counts more where errors cost more
+    (``LayerProfile.selection_weights_N``).
 
     Args:
         weights: the dense FFN.
@@ -154,7 +154,7 @@ def ridge_router(
         hidden_TF = sampled_hidden(inputs_TD, weights) - profile.hidden_mean_F
         contributions.append(expert_contributions(hidden_TF, weights.down_FD, layout.experts_EN))
     x_TD = profile.ffn_inputs_ND.float()
-    contribution_TE = torch.cat(contributions) * profile.error_weights_N[:, None]
+    contribution_TE = torch.cat(contributions) * profile.selection_weights_N[:, None]
     weight_ED, bias_E = fit_scores(x_TD, contribution_TE)
     if layout.selection == "top-k":
         return _untrained(layout, "linear", weight_ED, bias_E=bias_E)

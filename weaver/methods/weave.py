@@ -82,8 +82,8 @@ def partition(
     x_TD = profile.ffn_inputs_ND.float()
     routed = problem.weights.select(routed_n)
     hidden_Tn = sampled_hidden(profile.ffn_inputs_ND, routed) - profile.hidden_mean_F[routed_n]
-    # Relative to the layer's output where that is normalised behind the FFN.
-    hidden_Tn *= profile.error_weights_N.sqrt()[:, None]
+    # They count more where errors cost more.
+    hidden_Tn *= profile.selection_weights_N.sqrt()[:, None]
     contribution_Tn = hidden_Tn.square() * routed.down_FD.square().sum(1)
     # 3. Start from clusters of neurons that contribute to the same tokens.
     owner_n = _coactivation_clusters(problem, contribution_Tn, options, generator)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from weaver.algorithms.glu import GluWeights, glu_forward
 from weaver.artifacts.store import disk_errors
@@ -46,6 +47,7 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.hidden: Tensor | None = None
+        self.returned: Tensor | None = None
         self.arguments: dict[str, Any] = {}
         for name in ("attention_type", "layer_type", "is_sliding"):
             if hasattr(layer, name):
@@ -53,7 +55,7 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         self.hidden, self.arguments = hidden_states, arguments
-        return hidden_states
+        return hidden_states if self.returned is None else self.returned
 
 
 class DenseFfn(nn.Module):
@@ -159,8 +161,9 @@ class DecoderStream:
         self.input_ids_WT = input_ids_WT
         causal_lm = model_class(checkpoint.config, checkpoint.family)
         with init_empty_weights(include_buffers=False):
-            self._skeleton: nn.Module = causal_lm(checkpoint.config).eval()
+            self._skeleton: PreTrainedModel = causal_lm(checkpoint.config).eval()
         path, _, name = checkpoint.family.layers.rpartition(".")
+        self._prefix = f"{path}."
         self._backbone = self._skeleton.get_submodule(path)
         self._layers: nn.ModuleList = getattr(self._backbone, name)
         self._recorders = [_Recorder(layer) for layer in self._layers]
@@ -178,7 +181,7 @@ class DecoderStream:
             assert isinstance(recorded, Tensor)
             hidden_WTD[window] = recorded[0]
         self._keep_arguments()
-        self._backbone.to("meta")
+        self._release_outer()
         return hidden_WTD
 
     @torch.no_grad()
@@ -187,7 +190,7 @@ class DecoderStream:
         self._load_outer()
         self._backbone(input_ids=self.input_ids_WT[:1], use_cache=False)
         self._keep_arguments()
-        self._backbone.to("meta")
+        self._release_outer()
 
     @torch.no_grad()
     def run(self, layer: int, ffn: nn.Module, hidden_WTD: Tensor, *, write: bool) -> None:
@@ -199,27 +202,68 @@ class DecoderStream:
             hidden_WTD: inputs of the layer; with ``write``, replaced by its outputs.
             write: False to only let the FFN observe its inputs.
         """
+        module = self.layer(layer, ffn)
+        windows = Pacer((), FIRST_TOKENS)
+        if isinstance(ffn, MoEFeedForward) and ffn.paced is not None:
+            ffn.pace = (windows, 0)
+        for batch in self.batches(hidden_WTD):
+            windows.free(torch.arange(batch.shape[1]).expand(batch.shape[:2]))
+            output = self.apply(module, layer, batch)
+            if write:
+                batch.copy_(output)
+
+    def layer(self, layer: int, ffn: nn.Module) -> nn.Module:
+        """One decoder layer with its weights and the given FFN."""
         family = self.checkpoint.family
         module = copy.deepcopy(self._layers[layer])
         # Without the FFNs first: what is left has to be in the checkpoint, all of it.
         place(module, family, _without_ffns(ffn))
         module.load_state_dict(self.checkpoint.layer_state(layer, self.dtype), assign=True)
         if isinstance(ffn, InnerFfns):
-            place(module, family, InnerFfns(ffn.experts, ffn.shared))
-        else:
-            place(module, family, ffn)
-        module.eval()
-        windows = Pacer((), FIRST_TOKENS)
-        if isinstance(ffn, MoEFeedForward) and ffn.paced is not None:
-            ffn.pace = (windows, 0)
-        step = max(1, BATCH_TOKENS // hidden_WTD.shape[1])
-        for start in range(0, hidden_WTD.shape[0], step):
-            batch = hidden_WTD[start : start + step]
-            windows.free(torch.arange(batch.shape[1]).expand(batch.shape[:2]))
-            output = module(batch, **self._arguments[layer])
-            output = output[0] if isinstance(output, tuple) else output
-            if write:
-                batch.copy_(output)
+            ffn = InnerFfns(ffn.experts, ffn.shared)
+        place(module, family, ffn)
+        return module.eval()
+
+    def batches(self, values_WTD: Tensor) -> tuple[Tensor, ...]:
+        """Views of as many windows as are run at once."""
+        step = max(1, BATCH_TOKENS // values_WTD.shape[1])
+        return tuple(
+            values_WTD[start : start + step] for start in range(0, values_WTD.shape[0], step)
+        )
+
+    def apply(self, module: nn.Module, layer: int, hidden_BTD: Tensor) -> Tensor:
+        """Outputs of a decoder layer, called as the model calls it, (B, T, D)."""
+        output = module(hidden_BTD, **self._arguments[layer])
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
+
+    def load_head(self) -> PreTrainedModel:
+        """The model around its layers: embeddings, final norm and output head have weights."""
+        self._load_outer()
+        names = [name for name in self.checkpoint.outer_names() if not self._in_backbone(name)]
+        state = {name: self.checkpoint.tensor(name).to(self.dtype) for name in names}
+        self._skeleton.load_state_dict(state, assign=True, strict=False)
+        if not names:
+            self._skeleton.get_output_embeddings().weight = (
+                self._skeleton.get_input_embeddings().weight
+            )
+        self._skeleton.requires_grad_(False)
+        return self._skeleton
+
+    def normalise(self, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states behind the last layer as the output head reads them, (B, T, D).
+
+        The model's own forward runs with a stand-in for the last layer that returns them.
+        """
+        last = self._recorders[-1]
+        last.returned = hidden_BTD
+        try:
+            ids_BT = self.input_ids_WT[: hidden_BTD.shape[0]]
+            output = self._backbone(input_ids=ids_BT, use_cache=False)
+        finally:
+            last.returned = None
+        normed_BTD: Tensor = output.last_hidden_state
+        return normed_BTD
 
     def _keep_arguments(self) -> None:
         self._arguments = [dict(recorder.arguments) for recorder in self._recorders]
@@ -227,12 +271,20 @@ class DecoderStream:
             recorder.hidden = None
 
     def _load_outer(self) -> None:
-        prefix = f"{self.checkpoint.family.layers.rpartition('.')[0]}."
-        names = [name for name in self.checkpoint.outer_names() if name.startswith(prefix)]
+        names = [name for name in self.checkpoint.outer_names() if self._in_backbone(name)]
         state = {
-            name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.dtype) for name in names
+            name.removeprefix(self._prefix): self.checkpoint.tensor(name).to(self.dtype)
+            for name in names
         }
         self._backbone.load_state_dict(state, assign=True, strict=False)
+
+    def _release_outer(self) -> None:
+        """Free embeddings and norm, but no buffers, which no checkpoint holds."""
+        state = {name: value.to("meta") for name, value in self._backbone.named_parameters()}
+        self._backbone.load_state_dict(state, assign=True, strict=False)
+
+    def _in_backbone(self, name: str) -> bool:
+        return name.startswith(self._prefix)
 
     def allocate(self, folder: Path) -> Tensor:
         """Uninitialised hidden states, (W, T, D); above ``SPILL_BYTES`` in a file below ``folder``.

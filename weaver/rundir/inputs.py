@@ -11,6 +11,7 @@ from torch import Tensor
 from weaver.artifacts.affinity import Affinity
 from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import InputRef, ModelIdentity, StageManifest
+from weaver.artifacts.sensitivities import Sensitivities
 from weaver.artifacts.store import read_record
 from weaver.artifacts.summaries import CalibrateSummary, PartitionSummary, read_summary
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
@@ -21,9 +22,10 @@ from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
 from weaver.rundir.stage_folders import finished_stage, layer_path
 
-# Files of a calibration: its text.
+# Files of a calibration: its text, and what errors cost at its tokens.
 TOKENS_FILE = "tokens.safetensors"
 HELD_OUT_FILE = "held_out.safetensors"
+SENSITIVITY_FILE = "sensitivities.safetensors"
 # Folders of a sequential partition: its profiles, and the routers it propagated. Compensations lie
 # in a folder beside the routers they belong to.
 PROFILE_FOLDER = "profile"
@@ -145,6 +147,12 @@ def read_packed_tokens(folder: Path) -> PackedTokens:
 def read_held_out(folder: Path) -> GroupWindows:
     """The held-out windows of a finished calibrate stage that keeps groups apart."""
     return read_record(folder / HELD_OUT_FILE, GroupWindows)
+
+
+def read_sensitivities(folder: Path) -> Sensitivities | None:
+    """The sensitivities of a finished calibrate stage; None where it measured none."""
+    path = folder / SENSITIVITY_FILE
+    return read_record(path, Sensitivities) if path.exists() else None
 
 
 def open_model(identity: ModelIdentity) -> Checkpoint:

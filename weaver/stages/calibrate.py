@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from weaver.artifacts.dtypes import dtype_name
+from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
+from weaver.artifacts.sensitivities import Sensitivities
 from weaver.artifacts.store import read_record, values_digest, write_record
 from weaver.artifacts.summaries import CalibratedFfn, CalibrateSummary
 from weaver.artifacts.types import LayerProfile
 from weaver.config.sections import CalibrateConfig, ModelConfig
 from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
+from weaver.conversion.sensitivities import measure_sensitivities, spread_windows
 from weaver.data.grouping import GroupWindows, pack_groups
 from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
@@ -23,7 +25,7 @@ from weaver.models.checkpoint import Checkpoint
 from weaver.models.sites import Site
 from weaver.models.stream import DecoderStream, DenseFfn, layer_ffns
 from weaver.models.two_level import RoutingObserver
-from weaver.rundir.inputs import HELD_OUT_FILE, TOKENS_FILE
+from weaver.rundir.inputs import HELD_OUT_FILE, SENSITIVITY_FILE, TOKENS_FILE
 from weaver.rundir.stage_run import StageContext, StageRun
 
 STAGE = "calibrate"
@@ -76,7 +78,8 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
         run.folder,
         lambda layer: _dense_ffns(checkpoint, layer, dtype),
     )
-    profiler = Profiler(packed, config, dtype, context.seed)
+    sensitivities = _sensitivities(context, run, checkpoint, packed, config)
+    profiler = Profiler(packed, config, dtype, context.seed, sensitivities)
     with context.progress(STAGE, checkpoint.num_layers) as advance:
         for layer in range(checkpoint.num_layers):
             missing = [s for s in checkpoint.layer_sites(layer) if not run.has_layer(s.number)]
@@ -88,6 +91,27 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
             advance(f"layer {layer}")
     stream.discard()
     return run.finish(_summary(checkpoint, packed, run))
+
+
+def _sensitivities(
+    context: StageContext,
+    run: StageRun,
+    checkpoint: Checkpoint,
+    packed: PackedTokens,
+    config: CalibrateConfig,
+) -> Sensitivities | None:
+    """What errors cost at each token; None where it is not asked for, or the model has experts."""
+    if not config.sensitivity_tokens or checkpoint.is_moe:
+        return None
+    path = run.folder / SENSITIVITY_FILE
+    if not run.has_file(path):
+        windows, length = packed.input_ids_WT.shape
+        chosen_w = spread_windows(windows, config.sensitivity_tokens, length)
+        dtype = DTYPES[run.dtype]
+        stream = DecoderStream(checkpoint, dtype, packed.input_ids_WT[chosen_w])
+        title = f"{STAGE}: sensitivities"
+        write_record(path, measure_sensitivities(context, stream, run.folder, title))
+    return read_record(path, Sensitivities)
 
 
 def _dense_ffns(

@@ -42,8 +42,9 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     """Estimate a configuration's needs on a model.
 
     Peak = hidden states (up to the spill limit) + one decoder layer, its FFN twice more in float32
-    for the method + the activations of one batch, or the matrices of a refit. The number of samples
-    is taken as one in 200 tokens, which sets the size of the per-sample means.
+    for the method + the activations of one batch, or the matrices of a refit, + what a profile
+    keeps, or the inputs of every layer that the backward pass keeps. The number of samples is taken
+    as one in 200 tokens, which sets the size of the per-sample means.
     """
     calibrate = config.calibrate
     D, F, last = checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.num_layers - 1
@@ -61,7 +62,11 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
     means = 2 * samples * F * 4
     rows = calibrate.tokens * calibrate.activation_top_k * 4 + inputs
     # The inputs of a MoE layer are kept until all of its experts are profiled.
-    kept = calibrate.tokens * D * itemsize if checkpoint.is_moe else 0
+    inner = calibrate.tokens * D * itemsize if checkpoint.is_moe else 0
+    # The backward pass keeps the inputs of every layer.
+    backward = min(calibrate.sensitivity_tokens, calibrate.tokens) * D * itemsize
+    backward *= 0 if checkpoint.is_moe else checkpoint.num_layers
+    kept = max(means + rows + inner, backward)
     spec = get_method(config.partition.method)
     sequential = config.partition.sequential
     copies = 2 if (spec.sequential if sequential is None else sequential) else 1
@@ -79,7 +84,11 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
         converted += checkpoint.num_layers * (stored - F) * 3 * D
     eval_itemsize = checkpoint.resolve_dtype(config.eval.dtype).itemsize
     return Estimate(
-        memory=hidden + layer * itemsize + 2 * 3 * D * F * 4 + work + means + rows + kept,
+        memory=hidden
+        + layer * itemsize
+        + 2 * 3 * D * F * 4
+        + work
+        + max(means + rows + kept, backward),
         eval_memory=(parameters + converted) * eval_itemsize,
         profile_disk=copies * round(whole * (means + solved) + reached * rows)
         + calibrate.tokens * D * itemsize,

@@ -29,7 +29,13 @@ from weaver.models.checkpoint import Checkpoint
 from weaver.models.forecast import SPEED_TOKENS, predicted_speedup
 from weaver.models.sites import Site
 from weaver.models.stream import DecoderStream, layer_ffns
-from weaver.rundir.inputs import PROFILE_FOLDER, ROUTER_FOLDER, open_calibration, read_packed_tokens
+from weaver.rundir.inputs import (
+    PROFILE_FOLDER,
+    ROUTER_FOLDER,
+    open_calibration,
+    read_packed_tokens,
+    read_sensitivities,
+)
 from weaver.rundir.stage_folders import layer_path
 from weaver.rundir.stage_run import StageContext, StageRun
 
@@ -116,7 +122,11 @@ def _split_sequentially(
     decoder = DecoderStream(checkpoint, calibration.dtype, packed.input_ids_WT)
     stream = ResumableStream(decoder, run.folder, finished_layer)
     profiler = Profiler(
-        packed, calibration.config, calibration.dtype, calibration.manifest.request.seed
+        packed,
+        calibration.config,
+        calibration.dtype,
+        calibration.manifest.request.seed,
+        read_sensitivities(calibration.folder),
     )
     with context.progress(STAGE, checkpoint.num_sites) as advance:
         for layer in range(checkpoint.num_layers):

@@ -1,0 +1,83 @@
+"""What errors cost at each token: measured by calibrate, carried by every profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from tiny_models import save_tiny_model
+from tiny_runs import run_config, run_stages
+
+from weaver.artifacts.store import read_record
+from weaver.artifacts.types import FIRST_TOKENS, LayerProfile
+from weaver.conversion.sensitivities import spread_windows
+from weaver.rundir.inputs import SENSITIVITY_FILE, read_sensitivities
+from weaver.rundir.stage_folders import layer_path
+
+LENGTH = 32
+
+
+def profile(folder: Path, layer: int = 1) -> LayerProfile:
+    return read_record(layer_path(folder, layer), LayerProfile)
+
+
+def run(model: Path, run_dir: Path, tokens: int, until: str = "partition") -> Path:
+    calibrate = {"tokens": 512, "sequence_length": LENGTH, "sensitivity_tokens": tokens}
+    partition = {"method": "weave", "num_experts": 8, "sequential": True}
+    run_stages(run_config(model, calibrate=calibrate, partition=partition), run_dir, until=until)
+    return run_dir
+
+
+def test_windows_are_spread() -> None:
+    assert spread_windows(16, 4 * LENGTH, LENGTH).tolist() == [0, 4, 8, 12]
+    assert spread_windows(3, 1000 * LENGTH, LENGTH).tolist() == [0, 1, 2]
+    assert spread_windows(5, 1, LENGTH).tolist() == [0]
+
+
+def test_profiles_say_what_errors_cost(tiny_llama: Path, tmp_path: Path) -> None:
+    """Those of the dense model's hidden states, and those behind converted layers."""
+    folder = run(tiny_llama, tmp_path / "run", 128)
+    found = read_sensitivities(folder / "calibrate")
+    assert found is not None
+    for each in (profile(folder / "calibrate"), profile(folder / "partition" / "profile")):
+        costs_N = each.input_sensitivities_N
+        assert costs_N is not None
+        assert bool((costs_N[each.first_tokens_N] == 1).all())
+        logs_N = each.ffn_inputs_ND.float() @ found.direction_LD[1] + found.offset_L[1]
+        later_N = ~each.first_tokens_N
+        torch.testing.assert_close(costs_N.log()[later_N], logs_N[later_N], atol=1e-3, rtol=1e-3)
+        assert float(logs_N.std()) > 0.01
+        assert int(each.first_tokens_N.sum()) == FIRST_TOKENS * 512 // LENGTH
+
+
+def test_zero_tokens_weigh_all_alike(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = run(tiny_llama, tmp_path / "run", 0)
+    assert not (folder / "calibrate" / SENSITIVITY_FILE).exists()
+    assert profile(folder / "partition" / "profile").input_sensitivities_N is None
+
+
+def test_experts_of_a_mixture_have_none(tmp_path: Path) -> None:
+    """Their tokens are what a router sends them, at no place of a window."""
+    save_tiny_model("qwen3_moe", tmp_path / "model", byte_tokenizer())
+    folder = run(tmp_path / "model", tmp_path / "run", 128, until="calibrate")
+    assert not (folder / "calibrate" / SENSITIVITY_FILE).exists()
+
+
+def test_a_rerun_keeps_what_was_measured(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration that stopped after its backward pass goes on without another one."""
+    folder = run(tiny_llama, tmp_path / "run", 128, until="calibrate") / "calibrate"
+    before = (folder / SENSITIVITY_FILE).read_bytes()
+    for name in ("manifest.json", "layer_001.safetensors"):
+        (folder / name).unlink()
+
+    def never(*_arguments: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("weaver.stages.calibrate.measure_sensitivities", never)
+    run(tiny_llama, tmp_path / "run", 128, until="calibrate")
+    assert (folder / SENSITIVITY_FILE).read_bytes() == before
+    assert profile(folder).input_sensitivities_N is not None
