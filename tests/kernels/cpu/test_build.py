@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from native_kernel import require_native
 from torch.utils import cpp_extension
 
 from weaver.kernels.cpu import build
@@ -73,3 +76,14 @@ def test_another_processor_or_torch_has_another_library(monkeypatch: pytest.Monk
         assert compiled_kernel() != here
     monkeypatch.setattr(torch, "__version__", "2.0")
     assert compiled_kernel() != here
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+def test_the_source_is_c_plus_plus_17_with_avx_512_and_amx_too() -> None:
+    """The standard that the oldest allowed torch asks for, on a processor with every path."""
+    require_native()
+    source = Path(build.__file__).with_name("kernel.cpp")
+    flags = ["-march=sapphirerapids" if "march" in flag else flag for flag in build.FLAGS]
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    command = [cpp_extension.get_cxx_compiler(), "-std=c++17", "-fopenmp", "-fsyntax-only"]
+    subprocess.run([*command, *flags, *include, str(source)], check=True)

@@ -131,7 +131,8 @@ void pack_tokens(const BFloat16* x, int64_t hidden, int64_t count, int64_t first
 }
 
 inline std::unique_ptr<Tile[]> tiles(int64_t count) {
-  return std::make_unique_for_overwrite<Tile[]>(count);
+  // Not initialised; std::make_unique_for_overwrite is C++20, and torch before 2.12 asks for C++17.
+  return std::unique_ptr<Tile[]>(new Tile[count]);
 }
 
 // Where A tiles are read: sixteen rows as they lie, or copied.
