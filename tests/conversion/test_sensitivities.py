@@ -23,8 +23,10 @@ def profile(folder: Path, layer: int = 1) -> LayerProfile:
     return read_record(layer_path(folder, layer), LayerProfile)
 
 
-def run(model: Path, run_dir: Path, tokens: int, until: str = "partition") -> Path:
-    calibrate = {"tokens": 512, "sequence_length": LENGTH, "sensitivity_tokens": tokens}
+def run(
+    model: Path, run_dir: Path, tokens: int, until: str = "partition", length: int = LENGTH
+) -> Path:
+    calibrate = {"tokens": 512, "sequence_length": length, "sensitivity_tokens": tokens}
     partition = {"method": "weave", "num_experts": 8, "sequential": True}
     run_stages(run_config(model, calibrate=calibrate, partition=partition), run_dir, until=until)
     return run_dir
@@ -56,6 +58,11 @@ def test_zero_tokens_weigh_all_alike(tiny_llama: Path, tmp_path: Path) -> None:
     folder = run(tiny_llama, tmp_path / "run", 0)
     assert not (folder / "calibrate" / SENSITIVITY_FILE).exists()
     assert profile(folder / "partition" / "profile").input_sensitivities_N is None
+
+
+def test_windows_of_first_tokens_only_have_none(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = run(tiny_llama, tmp_path / "run", 128, "calibrate", length=FIRST_TOKENS)
+    assert not (folder / "calibrate" / SENSITIVITY_FILE).exists()
 
 
 def test_experts_of_a_mixture_have_none(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ _LIMIT = 4.0
 # Below this squared norm a gradient is taken for this one.
 _LEAST = 1e-12
 
-
 # Places of a window that share a mean.
 _PLACES = 16
 

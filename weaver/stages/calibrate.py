@@ -13,7 +13,7 @@ from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
 from weaver.artifacts.sensitivities import Sensitivities
 from weaver.artifacts.store import read_record, values_digest, write_record
 from weaver.artifacts.summaries import CalibratedFfn, CalibrateSummary
-from weaver.artifacts.types import LayerProfile
+from weaver.artifacts.types import FIRST_TOKENS, LayerProfile
 from weaver.config.sections import CalibrateConfig, ModelConfig
 from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
 from weaver.conversion.sensitivities import measure_sensitivities, spread_windows
@@ -100,8 +100,13 @@ def _sensitivities(
     packed: PackedTokens,
     config: CalibrateConfig,
 ) -> Sensitivities | None:
-    """What errors cost at each token; None where it is not asked for, or the model has experts."""
+    """What errors cost at each token.
+
+    None where it is not asked for, the model has experts, or windows hold first tokens only.
+    """
     if not config.sensitivity_tokens or checkpoint.is_moe:
+        return None
+    if config.sequence_length <= FIRST_TOKENS:
         return None
     path = run.folder / SENSITIVITY_FILE
     if not run.has_file(path):
