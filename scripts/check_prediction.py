@@ -18,13 +18,13 @@ from results_rows import RUNS, SPARSITIES, weave
 from scipy.stats import spearmanr
 
 from weaver.algorithms.glu import glu_forward
+from weaver.algorithms.sensitivity import predicted_kl
 from weaver.cli.session import make_context, quiet_libraries
 from weaver.config.sections import RouterConfig
 from weaver.conversion.partition_settings import resolve_settings
 from weaver.conversion.splitter import LayerSplitter
 from weaver.conversion.trials import Trial, convert_alone
 from weaver.evaluation.perplexity import compare
-from weaver.algorithms.sensitivity import predicted_kl
 from weaver.models.loading import load_model
 from weaver.report.tables import format_percent, markdown_table
 from weaver.rundir.inputs import open_calibration

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from weaver.algorithms.glu import glu_hidden
 from weaver.artifacts.types import EARLY_TOKENS, EARLY_WEIGHT, REFIT_POWER, SELECTION_POWER
 from weaver.methods.selection import (
-    RESERVED,
     experts_by_place,
     fit_scores,
     mean_experts,
@@ -100,10 +99,10 @@ def test_first_tokens_are_paid_for_by_the_others(make_profile: Any) -> None:
     places_N = torch.tensor([0, 1, *range(2, 16)], dtype=torch.int32)
     profile = make_profile(3, ffn_inputs_ND=torch.zeros(16, 2), input_places_N=places_N)
     mean = mean_experts(profile, 6, 14)
-    assert 14 * mean / RESERVED + 2 * 14 == pytest.approx(16 * 6)
+    assert 14 * mean + 2 * 14 == pytest.approx(16 * 6)
     assert mean_experts(profile, 2, 14) == 1.0
     plain = make_profile(3, ffn_inputs_ND=torch.zeros(16, 2))
-    assert mean_experts(plain, 6, 14) == RESERVED * 6
+    assert mean_experts(plain, 6, 14) == 6
 
 
 def test_early_tokens_and_small_outputs_count_more(make_profile: Any) -> None:

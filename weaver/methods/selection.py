@@ -17,11 +17,6 @@ CONTRIBUTION_POWER = 0.25
 ROUTER_PENALTY = 0.1
 
 
-# Thresholds are set for this share of K. Other text uses a little more than calibration text, most
-# of it in the last layers, behind which no layer is left to save it. docs/LOG.md has measurements.
-RESERVED = 0.992
-
-
 def sampled_hidden(x_TD: Tensor, weights: GluWeights) -> Tensor:
     """Neuron activations h of FFN inputs that a profile keeps, float32, (T, F).
 
@@ -59,13 +54,12 @@ def routed_inputs(profile: LayerProfile, selection: Selection) -> LayerProfile:
 def mean_experts(profile: LayerProfile, top_k: int, num_experts: int) -> float:
     """Experts that are left to a token of ``routed_inputs`` for K per token on average of all.
 
-    ``r (K - f E) / (1 - f)`` with f the share of first tokens, which run all E, and r ``RESERVED``;
-    at least K / 2.
+    ``(K - f E) / (1 - f)`` with f the share of first tokens, which run all E; at least K / 2.
     """
     others = routed_inputs(profile, "threshold").ffn_inputs_ND.shape[0]
     first = profile.ffn_inputs_ND.shape[0] - others
     left = top_k - (num_experts - top_k) * first / max(others, 1)
-    return max(RESERVED * left, top_k / 2)
+    return max(left, top_k / 2)
 
 
 def threshold_slope(scores_TE: Tensor, top_k: float) -> float:

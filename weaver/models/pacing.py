@@ -26,12 +26,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 PRIOR_TOKENS = 16.0
 # A layer foresees this share of the drift of the layers before it, and the first layers are taken
 # to stand behind this many that had none.
-FORESEEN, PRIOR_LAYERS = 0.5, 2.0
+FORESEEN, PRIOR_LAYERS = 0.8, 2.0
 # Overspending is paid back by the layers that remain and by this many more, since the last layers
 # would otherwise pay for whatever those before them did.
 EXTRA_LAYERS = 2.0
 # Limits of a token's target, as multiples of K.
-LOWEST_TARGET, HIGHEST_TARGET = 0.77, 1.25
+LOWEST_TARGET, HIGHEST_TARGET = 0.77, 1.35
 
 
 @dataclass(frozen=True)
