@@ -1,4 +1,4 @@
-"""What commands that run stages print: tables, JSON, or nothing."""
+"""Commands that run stages print tables, JSON, or nothing."""
 
 from __future__ import annotations
 

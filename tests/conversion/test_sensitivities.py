@@ -1,4 +1,4 @@
-"""What errors cost at each token: measured by calibrate, carried by every profile."""
+"""Costs of errors at each token: measured by calibrate, carried by every profile."""
 
 from __future__ import annotations
 

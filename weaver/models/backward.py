@@ -15,7 +15,7 @@ from weaver.models.stream import DecoderStream, DenseFfn
 
 @dataclass(frozen=True)
 class FfnGradients:
-    """What one FFN was given and gave back, and the gradient of a loss with respect to the latter.
+    """Holds one FFN's inputs and outputs, and the gradient of a loss with respect to the outputs.
 
     Args:
         layer: index of the layer.

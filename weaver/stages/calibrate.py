@@ -100,7 +100,7 @@ def _sensitivities(
     packed: PackedTokens,
     config: CalibrateConfig,
 ) -> Sensitivities | None:
-    """What errors cost at each token.
+    """Measure what errors cost at each token, or read what an interrupted run measured.
 
     None where it is not asked for, the model has experts, or windows hold first tokens only.
     """
