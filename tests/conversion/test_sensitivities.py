@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from tiny_models import save_tiny_model
+from tiny_models import random_ids, save_tiny_model
 from tiny_runs import run_config, run_stages
 
+from weaver.algorithms.sensitivity import fit_sensitivity
+from weaver.algorithms.statistics import error_weights
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import FIRST_TOKENS, LayerProfile
-from weaver.conversion.sensitivities import spread_windows
+from weaver.config.sections import ModelConfig
+from weaver.conversion.sensitivities import measure_sensitivities, spread_windows
+from weaver.models.backward import fisher_gradients
+from weaver.models.checkpoint import Checkpoint
+from weaver.models.stream import DecoderStream
 from weaver.rundir.inputs import SENSITIVITY_FILE, read_sensitivities
 from weaver.rundir.stage_folders import layer_path
+from weaver.rundir.stage_run import StageContext
 
 LENGTH = 32
 
@@ -52,6 +59,27 @@ def test_profiles_say_what_errors_cost(tiny_llama: Path, tmp_path: Path) -> None
         torch.testing.assert_close(costs_N.log()[later_N], logs_N[later_N], atol=1e-3, rtol=1e-3)
         assert float(logs_N.std()) > 0.01
         assert int(each.first_tokens_N.sum()) == FIRST_TOKENS * 512 // LENGTH
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2"])
+def test_the_regressions_are_those_of_the_gradients(tmp_path: Path, variant: str) -> None:
+    """Without first tokens, and behind a norm without what ``error_weights`` knows already."""
+    save_tiny_model(variant, tmp_path / "model", byte_tokenizer())
+    checkpoint = Checkpoint(ModelConfig(path=str(tmp_path / "model")))
+    ids_WT = random_ids(4, LENGTH)
+    stream = DecoderStream(checkpoint, torch.float32, ids_WT)
+    found = measure_sensitivities(StageContext(tmp_path, seed=3), stream, tmp_path, "title")
+    later_T = torch.arange(4 * LENGTH) % LENGTH >= FIRST_TOKENS
+    places_T = (torch.arange(4 * LENGTH) % LENGTH)[later_T]
+    generator = torch.Generator().manual_seed(3)
+    for each in fisher_gradients(stream, tmp_path, generator, lambda _: None):
+        x_TD, gradient_TD = each.inputs_TD[later_T], each.gradients_TD[later_T]
+        known_T = error_weights(each.outputs_TD[later_T])
+        plain_D, _ = fit_sensitivity(x_TD, gradient_TD, places_T)
+        normed_D, _ = fit_sensitivity(x_TD, gradient_TD, places_T, known_T)
+        assert not torch.allclose(plain_D, normed_D, atol=1e-2)
+        expected_D = normed_D if variant == "gemma2" else plain_D
+        torch.testing.assert_close(found.direction_LD[each.layer], expected_D)
 
 
 def test_zero_tokens_weigh_all_alike(tiny_llama: Path, tmp_path: Path) -> None:

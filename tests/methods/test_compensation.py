@@ -12,7 +12,13 @@ from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_forward, glu_hidden
 from weaver.algorithms.statistics import LayerStatistics
-from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router
+from weaver.artifacts.types import (
+    REFIT_POWER,
+    Compensation,
+    ExpertLayout,
+    LayerProfile,
+    Router,
+)
 from weaver.methods import flap
 from weaver.methods.compensation import CompensationPlan, solve_compensation
 from weaver.models.moe import MoEFeedForward
@@ -167,6 +173,22 @@ def test_refit_and_constants_are_the_least_squares_of_the_routed_layer() -> None
     best = float((z_TP @ best_PD - y_TD).square().sum(1).mean())
     assert best <= after * (1 + 1e-5)
     assert after == pytest.approx(best, rel=1e-3)
+
+
+def test_a_refit_is_closer_where_errors_cost_more() -> None:
+    """The least squares of the tokens weighted by a power of their sensitivity."""
+    weights, profile = dense_layer()
+    costs_T = (2.0 * profile.ffn_inputs_ND[:, 0]).exp()
+    weighted = replace(profile, input_sensitivities_N=costs_T)
+    layout, fit = static_layout(), plan(refit=True, constants=False)
+    found = solve_compensation(weights, weighted, layout, None, fit)
+    assert found is not None
+    assert found.down_FD is not None
+    root_T1 = costs_T.pow(REFIT_POWER / 2)[:, None]
+    hidden_TF = glu_hidden(profile.ffn_inputs_ND, weights)
+    y_TD = hidden_TF @ weights.down_FD
+    expected_SD = torch.linalg.lstsq(hidden_TF[:, :16] * root_T1, y_TD * root_T1).solution
+    torch.testing.assert_close(found.down_FD[:16], expected_SD, atol=1e-3, rtol=1e-3)
 
 
 def test_sixteen_bit_inputs_give_nearly_the_same() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from weaver.algorithms.glu import GluWeights, glu_hidden
 from weaver.algorithms.ridge import ridge_fit
-from weaver.artifacts.types import SELECTIONS, ExpertLayout, Selection
+from weaver.artifacts.types import SELECTIONS, ExpertLayout, LayerProfile, Selection
 from weaver.kernels.reference import ExpertChoice, route, router_logits
 from weaver.methods.routers import ROUTERS, representative_neurons
 
@@ -121,6 +122,28 @@ def test_the_ridge_router_selects_k_experts_on_average(
     assert shifted.bias_E is not None
     offset_E = shifted.bias_E - router.bias_E
     torch.testing.assert_close(offset_E, offset_E[:1].expand(5))
+
+
+def test_sensitive_tokens_get_more_experts(random_problem: Maker) -> None:
+    """As many on average as without sensitivities; the mean is moved to where errors cost more."""
+    problem, _ = random_problem(3, neurons=24, active_neurons=12)
+    experts_EN = torch.randperm(24, generator=seeded())[:20].view(5, 4)
+    layout = ExpertLayout(
+        24, 2, torch.empty(0, dtype=torch.int64), experts_EN, selection="threshold"
+    )
+    x_TD = problem.profile.ffn_inputs_ND
+    sensitive_T = x_TD[:, 0] > x_TD[:, 0].median()
+    costs_T = torch.where(sensitive_T, 20.0, 0.05)
+
+    def experts(profile: LayerProfile) -> Tensor:
+        router = ROUTERS["ridge"].build(problem.weights, profile, layout, seeded())
+        routing = route(x_TD, router, "silu", ExpertChoice(layout.top_k, "threshold"))
+        return routing.selected_TE().float().sum(1)
+
+    plain_T = experts(problem.profile)
+    found_T = experts(replace(problem.profile, input_sensitivities_N=costs_T))
+    assert found_T.sum() == plain_T.sum()
+    assert found_T[sensitive_T].mean() > 1.2 * plain_T[sensitive_T].mean()
 
 
 def test_the_ridge_router_predicts_centred_contributions(random_problem: Maker) -> None:

@@ -85,6 +85,22 @@ def test_the_same_generator_gives_the_same_layout(random_problem: Maker) -> None
     assert torch.equal(first.permutation, second.permutation)
 
 
+def test_experts_are_made_for_the_tokens_where_errors_cost_more(random_problem: Maker) -> None:
+    """Nearly no weight on the other tokens gives the layout of a profile without them."""
+    problem, _ = random_problem(0, neurons=64, active_neurons=32, num_experts=16, expert_width=4)
+    tokens = problem.profile.ffn_inputs_ND.shape[0]
+    sensitive_T = torch.arange(tokens) % 2 == 0
+    costs_T = torch.where(sensitive_T, 1.0, 1e-30)
+    weighted = replace(problem.profile, input_sensitivities_N=costs_T)
+
+    def captured(profile: LayerProfile) -> float:
+        layout = partition(replace(problem, profile=profile), WeaveOptions(), seeded())
+        kept = problem.profile.keeping(sensitive_T.nonzero().flatten())
+        return captured_share(replace(problem, profile=kept), layout)
+
+    assert captured(weighted) > captured(problem.profile)
+
+
 def test_inputs_are_thinned_evenly(random_problem: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for 10 of 20 inputs it is every second one that counts."""
     problem, _ = random_problem(0, neurons=32, active_neurons=16, num_experts=8, expert_width=4)
