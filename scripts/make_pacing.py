@@ -277,7 +277,7 @@ everything attends. What weaver does about both (`weaver/models/pacing.py`):
 - **A sequence keeps an account.** Each layer sees what the layers before it have spent on the
   sequence's earlier tokens beyond what they were set to. It expects 0.8 of their drift of itself,
   pays back its part of what they overspent, and aims at fewer or more experts accordingly, between
-  0.77 and 1.35 times what it was set to. Positions 3 to 16 are given what they
+  0.77 and 1.5 times what it was set to. Positions 3 to 16 are given what they
   used on calibration text, which is more than the others. Easy and hard tokens, and layers among
   each other, keep their differences. A layer waits for no other one, so that a prompt at once and
   token by token select the same experts.

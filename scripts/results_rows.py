@@ -136,11 +136,11 @@ def settings(base: Path) -> list[Setting]:
 
 
 def main_rows(sparsity: float) -> tuple[Row, ...]:
-    """weave, the published methods, and FLAP with everything of weave that it can take."""
-    static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True, allocation="fisher")
+    """weave in both forms, the published methods, and FLAP with what it can take of weave."""
     return (
         weave("weave", sparsity),
-        Row("flap, refit, fisher", static, REFIT),
+        _stock(sparsity),
+        *_static(sparsity),
         *(_published(name, sparsity) for name in PUBLISHED),
     )
 
@@ -159,17 +159,29 @@ def _published(method: str, sparsity: float) -> Row:
     return Row(method, PartitionConfig(method=method, sparsity=sparsity, sequential=True))
 
 
+def _stock(sparsity: float) -> Row:
+    """The form that a stock architecture holds, as configs/smollm2-weave-stock.yaml has it."""
+    return weave("weave, stock, 64 experts", sparsity, STOCK, options=TOP_K, num_experts=64)
+
+
+def _static(sparsity: float) -> tuple[Row, ...]:
+    """FLAP with weave's refit and treatment of first tokens, budgets equal and by predicted KL."""
+    static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True)
+    return (
+        Row("flap, refit", static, REFIT),
+        Row("flap, refit, fisher", static.model_copy(update={"allocation": "fisher"}), REFIT),
+    )
+
+
 def _compared(sparsity: float) -> tuple[Row, ...]:
     """weave and its variants beside the published methods and the strongest static baseline."""
-    static = PartitionConfig(method="flap", sparsity=sparsity, sequential=True)
     return (
         weave("weave", sparsity),
         weave("weave, 8 experts", sparsity, num_experts=8),
         weave("weave, top-k", sparsity, options=TOP_K),
         weave("weave, stock", sparsity, STOCK, options=TOP_K),
-        weave("weave, stock, 64 experts", sparsity, STOCK, options=TOP_K, num_experts=64),
-        Row("flap, refit", static, REFIT),
-        Row("flap, refit, fisher", static.model_copy(update={"allocation": "fisher"}), REFIT),
+        _stock(sparsity),
+        *_static(sparsity),
         *(_published(name, sparsity) for name in ("flap", "cmoe")),
     )
 

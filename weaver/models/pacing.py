@@ -31,7 +31,7 @@ FORESEEN, PRIOR_LAYERS = 0.8, 2.0
 # would otherwise pay for whatever those before them did.
 EXTRA_LAYERS = 2.0
 # Limits of a token's target, as multiples of K.
-LOWEST_TARGET, HIGHEST_TARGET = 0.77, 1.35
+LOWEST_TARGET, HIGHEST_TARGET = 0.77, 1.5
 
 
 @dataclass(frozen=True)
