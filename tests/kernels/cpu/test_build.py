@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,39 @@ def test_another_processor_or_torch_has_another_library(monkeypatch: pytest.Monk
     assert compiled_kernel() != here
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
-def test_the_source_is_c_plus_plus_17_with_avx_512_and_amx_too() -> None:
-    """The standard that the oldest allowed torch asks for, on a processor with every path."""
+ON_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+
+
+def for_processor(name: str) -> list[str]:
+    """The compiler's flags for a named processor instead of this one."""
+    return [f"-march={name}" if "march" in flag else flag for flag in build.FLAGS]
+
+
+@ON_X86
+@pytest.mark.parametrize("processor", ["sapphirerapids", "x86-64"])
+def test_the_source_is_c_plus_plus_17_for_new_and_old_processors(processor: str) -> None:
+    """The standard that the oldest allowed torch asks for; with every path, and with none."""
     require_native()
     source = Path(build.__file__).with_name("kernel.cpp")
-    flags = ["-march=sapphirerapids" if "march" in flag else flag for flag in build.FLAGS]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     command = [cpp_extension.get_cxx_compiler(), "-std=c++17", "-fopenmp", "-fsyntax-only"]
-    subprocess.run([*command, *flags, *include, str(source)], check=True)
+    subprocess.run([*command, *for_processor(processor), *include, str(source)], check=True)
+
+
+@ON_X86
+def test_a_processor_with_avx2_alone_gives_the_same_outputs(tmp_path: Path) -> None:
+    """The kernel as it is compiled there, through the tests of its outputs."""
+    require_native()
+    tests = Path(__file__).with_name("test_op.py")
+    program = f"""
+import sys, pytest
+from weaver.kernels.cpu import build
+build.FLAGS = {for_processor("haswell")!r}
+assert build.is_available()
+sys.exit(pytest.main(["-p", "no:cacheprovider", {str(tests)!r}, "-k", "outputs and not amx"]))
+"""
+    environment = {**os.environ, "WEAVER_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

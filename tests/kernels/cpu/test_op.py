@@ -20,8 +20,8 @@ from weaver.kernels.reference import ExpertChoice, Routing, masked_forward
 # Relative error of the whole output.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
-# T, D, S, E, N, K and what is special about the routing. Up to 4 tokens of an expert (float32: 16)
-# are streamed; D = 64 is a whole number of AMX tiles, 40 and 13 are not.
+# T, D, S, E, N, K and what is special about the routing. Up to 12 tokens of an expert (float32: 32)
+# are streamed; D = 64 is a whole number of tiles, 40 and 13 are not.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "one token": (1, 64, 10, 4, 6, 2, {}),
     "two tokens": (2, 64, 10, 4, 6, 2, {}),
@@ -96,6 +96,33 @@ def test_the_same_outputs(
         assert y_TD.dtype == dtype
         assert_near(y_TD, expected_TD, LIMITS[dtype])
         assert torch.equal(forward(*arguments), y_TD)
+
+
+@pytest.fixture(params=["amx", "dot", "floats", "gemm"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A way to compute products in bfloat16, instead of the best that this processor has."""
+    try:
+        before = torch.ops.weaver_cpu.use_path(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield request.param
+    torch.ops.weaver_cpu.use_path(before)
+
+
+@pytest.mark.parametrize("case", [case for case in SHAPES if SHAPES[case][0] > 12])
+def test_every_path_gives_the_same_outputs(
+    make_ffn: Any, make_routing: Any, path: str, threads: int, case: str
+) -> None:
+    arguments = problem(make_ffn, make_routing, case, torch.bfloat16, biases=True)
+    for forward in (op.moe, op.masked):
+        y_TD = forward(*arguments)
+        assert_near(y_TD, truth(*arguments), LIMITS[torch.bfloat16])
+        assert torch.equal(forward(*arguments), y_TD)
+
+
+def test_a_path_that_no_processor_has() -> None:
+    with pytest.raises(RuntimeError, match="this processor has no path sse for products"):
+        torch.ops.weaver_cpu.use_path("sse")
 
 
 @pytest.mark.parametrize("tokens", [2, 40])

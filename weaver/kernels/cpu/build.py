@@ -27,7 +27,8 @@ from weaver.artifacts.cache import cache_folder, cache_lock
 from weaver.kernels.machine import cpu_features
 
 NAME = "weaver_cpu"
-SOURCES = ("kernel.cpp", "amx.h", "vector.h")
+HEADERS = ("engines", "ffn", "gemm", "packing", "paths", "route", "stream", "tiles", "vector")
+SOURCES = ("kernel.cpp", *(f"{name}.h" for name in HEADERS))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi")
 
 _log = logging.getLogger(__name__)

@@ -5,13 +5,17 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace weaver {
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kLine = 64;  // bytes of a cache line
 using Vec = float __attribute__((vector_size(64)));
 using Bits = uint32_t __attribute__((vector_size(64)));
 using Shorts = uint16_t __attribute__((vector_size(32)));
@@ -72,6 +76,25 @@ inline void store(c10::Half* to, Vec v) {
 }
 #endif
 
+// Thirty-two values in whatever order costs least: those of bfloat16 are the halves of words, taken
+// apart by a shift and a mask instead of being widened, which takes most compilers four shuffles.
+struct Two {
+  Vec first, second;
+};
+
+inline Two load_two(const float* from) { return {load(from), load(from + kLanes)}; }
+inline Two load_two(const c10::Half* from) { return {load(from), load(from + kLanes)}; }
+
+inline Two load_two(const c10::BFloat16* from) {
+  Bits words;
+  std::memcpy(&words, from, sizeof words);
+  const Bits even = words << 16, odd = words & 0xffff0000u;
+  Two two;
+  std::memcpy(&two.first, &even, sizeof even);
+  std::memcpy(&two.second, &odd, sizeof odd);
+  return two;
+}
+
 // The first n < 16 values, zeros behind them.
 template <typename T>
 inline Vec load_some(const T* from, int64_t n) {
@@ -95,6 +118,74 @@ inline float sum(Vec v) {
   return lanes[0];
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define WEAVER_SHUFFLES 1
+#endif
+#endif
+
+#ifdef WEAVER_SHUFFLES
+template <size_t... I>
+inline Two merge(Vec even, Vec odd, std::index_sequence<I...>) {
+  return {__builtin_shufflevector(even, odd, int(I / 2 + I % 2 * kLanes)...),
+          __builtin_shufflevector(even, odd, int(kLanes / 2 + I / 2 + I % 2 * kLanes)...)};
+}
+
+// The values of even and odd places, in their order.
+inline Two merged(Two two) {
+  return merge(two.first, two.second, std::make_index_sequence<kLanes>{});
+}
+
+template <size_t S, size_t... I>
+inline Vec add_halves(Vec a, Vec b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(I & S ? 16 + I - S : I)...) +
+         __builtin_shufflevector(a, b, int(I & S ? 16 + I : I + S)...);
+}
+
+// One step of a tree for each of N vectors: halves of S lanes are added, and while there are more
+// vectors than half a vector's lanes are free, two of them share the result.
+template <size_t N, size_t S = kLanes / 2>
+inline Vec fold(Vec* v) {
+  if constexpr (S >= N) {
+    for (size_t i = 0; i < N; ++i)
+      v[i] = add_halves<S>(v[i], v[i], std::make_index_sequence<kLanes>{});
+    if constexpr (S == 1) return v[0];
+    else return fold<N, S / 2>(v);
+  } else {
+    for (size_t i = 0; i < S; ++i)
+      v[i] = add_halves<S>(v[i], v[i + S], std::make_index_sequence<kLanes>{});
+    if constexpr (S == 1) return v[0];
+    else return fold<S, S / 2>(v);
+  }
+}
+
+// Lane i is the sum of v[i], for N vectors, N a power of two up to 16; the other lanes repeat them.
+template <int N>
+inline Vec each_sum(Vec (&v)[N]) {
+  return fold<N>(v);
+}
+#else
+inline Two merged(Two two) {
+  float all[2 * kLanes];
+  for (int64_t i = 0; i < 2 * kLanes; ++i) all[i] = (i % 2 ? two.second : two.first)[i / 2];
+  return {load(all), load(all + kLanes)};
+}
+
+template <int N>
+inline Vec each_sum(Vec (&v)[N]) {
+  Vec sums{};
+  for (int i = 0; i < N; ++i) sums[i] = sum(v[i]);
+  return sums;
+}
+#endif
+
+// Thirty-two values in the order of load_two, in their own order.
+template <typename T>
+inline Two in_order(Two two) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return merged(two);
+  return two;
+}
+
 // Calls body(position, load, store) over a row of n values: whole vectors, then what is left.
 template <typename Body>
 inline void over_row(int64_t n, Body body) {
@@ -108,8 +199,8 @@ inline void over_row(int64_t n, Body body) {
         [left](auto* to, Vec v) { store_some(to, v, left); });
 }
 
-// e^x to two units in the last place: 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor series to
-// the seventh power, whose remainder is below 1e-8 there.
+// e^x to two units in the last place: 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor series
+// to the seventh power, whose remainder is below 1e-8 there.
 inline Vec exp(Vec x) {
   x = x < -87.0f ? splat(-87.0f) : x;
   x = x > 88.0f ? splat(88.0f) : x;
