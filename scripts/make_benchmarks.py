@@ -1,4 +1,4 @@
-"""Measure docs/benchmarks.md: single FFNs and whole models on this CPU, one thread.
+"""Measure docs/benchmarks.md: single FFNs and whole models on this CPU.
 
 Every table is one run of ``weaver bench`` in a process of its own. Other work on the machine makes
 times longer and ratios less certain; run it alone. What was measured below --runs is not measured
@@ -20,7 +20,7 @@ from weaver.report.tables import markdown_table
 HIDDEN, NEURONS = 2048, 8192
 SPARSITIES = (0.25, 0.5)
 # By number of slices: few experts selected by a threshold, many experts and top-k.
-METHODS = {8: "weave", 64: "expertweaver"}
+METHODS = {8: "weave", 16: "weave", 64: "expertweaver"}
 ONE_WARMUP = ("--set", "bench.warmup=1")
 # Other work on the machine: a table that it disturbed is measured again, so many times at most.
 SPREAD, ATTEMPTS = 1.6, 3
@@ -52,12 +52,20 @@ def is_disturbed(file: Path) -> bool:
     return any(p90 > SPREAD * p10 for p10, p90 in pairs)
 
 
-def layer(runs: Path, dtype: str, sparsity: float, experts: int, tokens: str, routing: str) -> None:
+def layer(
+    runs: Path,
+    threads: str,
+    dtype: str,
+    sparsity: float,
+    experts: int,
+    tokens: str,
+    routing: str,
+) -> None:
     """One FFN of random weights."""
     file = runs / f"layer-{dtype}-{sparsity:g}-{experts}-{routing}.json"
     sizes = ["--hidden-size", str(HIDDEN), "--intermediate-size", str(NEURONS)]
     layout = ["--num-experts", str(experts), "--sparsity", str(sparsity), "--dtype", dtype]
-    how = ["--tokens", tokens, "--routing", routing, "--threads", "1", "--repeats", "9"]
+    how = ["--tokens", tokens, "--routing", routing, "--threads", threads, "--repeats", "9"]
     measured(file, "bench-layer", *sizes, *layout, *how, "--json", str(file))
 
 
@@ -69,9 +77,9 @@ def converted(runs: Path, config: Path, experts: int, sparsity: float) -> Path:
     return convert(run_dir, runs / "calibration", config, *layout, method)
 
 
-def model(run_dir: Path) -> None:
+def model(run_dir: Path, threads: str) -> None:
     """Whole models, dense and converted."""
-    how = ["--tokens", "1,16,128,512", "--threads", "1", "--repeats", "5"]
+    how = ["--tokens", "1,16,128,512", "--threads", threads, "--repeats", "5"]
     file = run_dir / "bench" / "results.json"
     measured(file, "bench", "--run-dir", str(run_dir), "--force", *how)
 
@@ -97,6 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--threads", default="1", help="Threads of torch.")
+    parser.add_argument("--slices", type=int, nargs="+", default=list(METHODS), metavar="N")
     parser.add_argument("--convert", action="store_true", help="Only make the conversions.")
     parser.add_argument(
         "--finished", action="store_true", help="Run nothing; finished tables only."
@@ -105,32 +115,32 @@ def main() -> None:
     runs: Path = arguments.runs
     runs.mkdir(parents=True, exist_ok=True)
     if not arguments.finished:
-        layouts = [(experts, sparsity) for experts in (8, 64) for sparsity in SPARSITIES]
+        layouts = [(experts, sparsity) for experts in arguments.slices for sparsity in SPARSITIES]
         run_dirs = [converted(runs, arguments.config, *layout) for layout in layouts]
         if arguments.convert:
             return
-        measure(runs, run_dirs)
+        measure(runs, run_dirs, arguments.threads)
     arguments.out.write_text("\n".join([INTRODUCTION, *finished(runs)]))
 
 
-def measure(runs: Path, run_dirs: list[Path]) -> None:
+def measure(runs: Path, run_dirs: list[Path], threads: str) -> None:
     """Everything that is not there yet."""
     for run_dir in run_dirs:
-        model(run_dir)
+        model(run_dir, threads)
     for dtype, tokens in (("bfloat16", "1,16,128,512,2048"), ("float32", "1,512,2048")):
         for sparsity in SPARSITIES:
-            layer(runs, dtype, sparsity, 8, tokens, "uniform")
+            layer(runs, threads, dtype, sparsity, 8, tokens, "uniform")
     for sparsity in SPARSITIES:
-        layer(runs, "bfloat16", sparsity, 64, "1,512", "uniform")
-    layer(runs, "bfloat16", 0.5, 8, "1,512", "skewed")
+        layer(runs, threads, "bfloat16", sparsity, 64, "1,512", "uniform")
+    layer(runs, threads, "bfloat16", 0.5, 8, "1,512", "skewed")
 
 
 INTRODUCTION = """# Benchmarks
 
-Made by `scripts/make_benchmarks.py` (`make benchmarks`), one thread; every table is one process in
-which dense and converted run in turn. The speed-up is the median over rounds of dense over
-converted, which run one after the other in every round; times are medians of their own. One FFN is
-timed with its router, as many copies after one another as do not fit into the processor's caches.
+Made by `scripts/make_benchmarks.py` (`make benchmarks`); every table is one process in which dense
+and converted run in turn. The speed-up is the median over rounds of dense over converted, which run
+one after the other in every round; times are medians of their own. One FFN is timed with its
+router, as many copies after one another as do not fit into the processor's caches.
 "dense" is the fastest of three: torch's linear layers, the same with neurons as rows, and weaver's
 own kernel on all neurons ("dense by"). "grouped_mm" is the same layout with the experts of
 transformers, routed by weaver's router. The bound is the ratio of FLOPs, and up to 4 tokens of the

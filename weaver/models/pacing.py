@@ -132,23 +132,31 @@ class Pacer:
         rank_BT = self._totals_BC[:, -1:] + mask_BT.cumsum(1) - 1
         self._free_BT = (rank_BT < self.first_tokens) & (mask_BT > 0)
         self._counted_BT = ((rank_BT >= self.first_tokens) & (mask_BT > 0)).float()
-        self._age_BT = (rank_BT - self.first_tokens).clamp_min(0).float()
-        self._early_BT = (rank_BT < self.early_tokens).float()
+        age_BT = (rank_BT - self.first_tokens).clamp_min(0).float()
+        self._share_BT = 1 / (age_BT + PRIOR_TOKENS)
         seen_B1, most = self._totals_BC[:, -1:], self.early_tokens - self.first_tokens
         early_B1 = (seen_B1 - self.first_tokens).clamp(0, most)
         late_B1 = (seen_B1 - self.early_tokens).clamp_min(0)
         given_BL = self._early_L * early_B1 + self._experts_L * late_B1
         spent_BL = self._unit_L * (self._totals_BC[:, :-1] - given_BL)
         # Before each layer: what those before it have spent too much in earlier calls.
-        self._past_BL = spent_BL.cumsum(1) - spent_BL
-        # The same of this call, for the first layer and those whose predecessor has run.
-        self._new: list[Tensor] = [torch.zeros_like(self._age_BT)] * (tokens > 1)
+        past_BL = spent_BL.cumsum(1) - spent_BL
         self._counts = [None] * len(self.layers)
         self._rows, self._paced = batch * tokens, True
         if tokens == 1:
-            save_BL = self._past_BL / (self._age_BT + PRIOR_TOKENS) @ self._save_LL.T
-            lowest_BL = self._lowest(save_BL, self._slope_L)
+            lowest_BL = self._lowest(past_BL * self._share_BT @ self._save_LL.T, self._slope_L)
             self._lowest_LB = lowest_BL.T.contiguous()
+            return
+        # The same with this call's tokens, right for the first layer and those whose predecessor
+        # has run.
+        self._over_LBT = past_BL.T[..., None].repeat(1, 1, tokens)
+        self._spent_LB1 = spent_BL.T[..., None]
+        early_BT = (rank_BT < self.early_tokens).float()
+        added_L = self._early_L - self._experts_L
+        self._given_LBT = torch.addcmul(
+            self._experts_L[:, None, None], added_L[:, None, None], early_BT
+        )
+        self._unit_LBT = self._unit_L[:, None, None] * self._counted_BT
 
     def free(self, positions_BT: Tensor) -> None:
         """Start a call whose sequences are not known: calibrated thresholds, first tokens by place.
@@ -177,8 +185,9 @@ class Pacer:
             return torch.where(self._free_BT, -torch.inf, 0.0).flatten()
         if self._mask_BT.shape[1] == 1:
             return self._lowest_LB[index]
-        over_BTL = self._past_BL[:, None, : index + 1] + torch.stack(self._new[: index + 1], dim=-1)
-        save_BT = over_BTL @ self._save_LL[index, : index + 1] / (self._age_BT + PRIOR_TOKENS)
+        before = index + 1
+        save_R = self._save_LL[index, :before] @ self._over_LBT[:before].flatten(1)
+        save_BT = save_R.view_as(self._share_BT) * self._share_BT
         return self._lowest(save_BT, self._slope_L[index]).flatten()
 
     def _lowest(self, save: Tensor, slope: Tensor) -> Tensor:
@@ -195,12 +204,10 @@ class Pacer:
         # Layers may lie on several devices.
         counts_BT = counts_T.to(self._mask_BT.device).view(self._mask_BT.shape)
         self._counts[index] = counts_BT
-        if counts_BT.shape[1] > 1:
-            experts, early = self._experts_L[index], self._early_L[index]
-            given_BT = experts + (early - experts) * self._early_BT
-            over_BT = (counts_BT - given_BT) * self._unit_L[index] * self._counted_BT
-            new_BT = self._new[index] + over_BT.cumsum(1) - over_BT
-            self._new[index + 1 :] = [new_BT]
+        if counts_BT.shape[1] > 1 and index + 1 < len(self.layers):
+            over_BT = (counts_BT - self._given_LBT[index]) * self._unit_LBT[index]
+            earlier_BT = over_BT.cumsum(1) - over_BT + self._spent_LB1[index]
+            torch.add(self._over_LBT[index], earlier_BT, out=self._over_LBT[index + 1])
 
     def totals(self) -> Tensor | None:
         """Totals after every token of the call, int32, (B, T, L + 1); None if nothing was paced."""

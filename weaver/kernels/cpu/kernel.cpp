@@ -30,6 +30,8 @@ using weaver::Ffn;
 using weaver::over_row;
 using weaver::Slice;
 
+constexpr int64_t kFewPairs = 64;
+
 optional<Tensor> as_float(const optional<Tensor>& tensor) {
   return tensor ? optional<Tensor>(tensor->to(at::kFloat).contiguous()) : std::nullopt;
 }
@@ -47,6 +49,27 @@ Ffn checked(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor&
                 "one dtype, not ", matrix->scalar_type(), " and ", x.scalar_type());
   }
   return {gate, up, down, as_float(gate_bias), as_float(up_bias), activation_of(activation)};
+}
+
+// y[token] += factor * bias[expert] for every pair.
+void add_constants(const Tensor& bias, const int64_t* token_of, const int64_t* expert_of,
+                   const float* factor_of, int64_t pairs, Tensor& y) {
+  const int64_t hidden = y.size(1), experts = bias.size(0);
+  // With few pairs a product's call costs more than the sums.
+  if (pairs > kFewPairs) {
+    Tensor factors = at::zeros({y.size(0), experts}, y.options());
+    float* factor = factors.mutable_data_ptr<float>();
+    for (int64_t p = 0; p < pairs; ++p) factor[token_of[p] * experts + expert_of[p]] = factor_of[p];
+    y.addmm_(factors, bias);
+    return;
+  }
+  for (int64_t p = 0; p < pairs; ++p) {
+    float* row = y.mutable_data_ptr<float>() + token_of[p] * hidden;
+    const float* from = bias.const_data_ptr<float>() + expert_of[p] * hidden;
+    over_row(hidden, [&](int64_t d, auto get, auto put) {
+      put(row + d, get(row + d) + factor_of[p] * get(from + d));
+    });
+  }
 }
 
 // The chosen experts only.
@@ -85,18 +108,7 @@ Tensor moe(const Tensor& x_, const Tensor& gate, const Tensor& up, const Tensor&
     slices.push_back({shared + e * width, shared + (e + 1) * width, tokens_by.data() + start[e],
                       factors_by.data() + start[e], start[e + 1] - start[e]});
   weaver::add_slices(x, ffn, slices, out);
-  if (expert_bias) {
-    const Tensor bias = *as_float(expert_bias);
-    const float* b = bias.const_data_ptr<float>();
-    for (int64_t p = 0; p < pairs; ++p) {
-      float* row = out + token_of[p] * hidden;
-      const float* from = b + expert_of[p] * hidden;
-      const float w = factor_of[p];
-      over_row(hidden, [&](int64_t d, auto get, auto put) {
-        put(row + d, get(row + d) + w * get(from + d));
-      });
-    }
-  }
+  if (expert_bias) add_constants(*as_float(expert_bias), token_of, expert_of, factor_of, pairs, y);
   if (output_bias) y.add_(*as_float(output_bias));
   return y.to(x.scalar_type());
 }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "ffn.h"
+#include "stream.h"
 #include "vector.h"
 
 namespace weaver {
@@ -32,18 +33,47 @@ std::vector<float> floats(const Tensor& tensor) {
   return values;
 }
 
-// Scores of four experts for one token: what is read of the token is used four times.
-template <int kExperts, typename T>
-void score_experts(const T* x, const T* weight, int64_t hidden, float* out) {
-  Vec totals[kExperts] = {};
-  over_row(hidden, [&](int64_t d, auto get, auto) {
-    const Vec xd = get(x + d);
-    for (int e = 0; e < kExperts; ++e) totals[e] += xd * get(weight + e * hidden + d);
-  });
-  for (int e = 0; e < kExperts; ++e) out[e] = sum(totals[e]);
+// Scores of kMany tokens for every expert, (kMany, E).
+template <int kMany, typename T>
+void score_tokens(const StreamedToken<T>* tokens, const T* weight, int64_t hidden, int64_t experts,
+                  float* out) {
+  constexpr int kCount = kRowsAtOnce<kMany>;
+  const Upcoming<T> none{nullptr, 0, 0};
+  auto store_scores = [&](const Vec& lanes, int64_t e, int count) {
+    for (int r = 0; r < count; ++r)
+      for (int t = 0; t < kMany; ++t) out[t * experts + e + r] = lanes[r * kMany + t];
+  };
+  int64_t e = 0;
+  for (; e + kCount <= experts; e += kCount)
+    store_scores(
+        products<kCount, kMany>(weight + e * hidden, hidden, hidden, tokens, none, none), e, kCount);
+  for (; e < experts; ++e)
+    store_scores(products<1, kMany>(weight + e * hidden, hidden, hidden, tokens, none, none), e, 1);
 }
 
-// x weight^T in float32, (T, E).
+// x weight^T in float32, (T, E). A score has the same bits however many tokens are scored at once.
+template <typename T>
+void score_all(const T* x, const T* weight, int64_t tokens, int64_t hidden, int64_t experts,
+               float* out) {
+  at::parallel_for(0, (tokens + 3) / 4, 4, [&](int64_t first, int64_t last) {
+    std::vector<typename Meeting<T>::Stored> kept(4 * padded(hidden));
+    StreamedToken<T> some[4];
+    for (int64_t t = 4 * first; t < std::min(4 * last, tokens); t += 4) {
+      const int64_t here = std::min<int64_t>(4, tokens - t);
+      for (int64_t i = 0; i < here; ++i) {
+        keep_row(x + (t + i) * hidden, hidden, &kept[i * padded(hidden)]);
+        some[i] = {&kept[i * padded(hidden)], nullptr};
+      }
+      float* to = out + t * experts;
+      if (here == 4)
+        score_tokens<4>(some, weight, hidden, experts, to);
+      else
+        for (int64_t i = 0; i < here; ++i)
+          score_tokens<1>(some + i, weight, hidden, experts, to + i * experts);
+    }
+  });
+}
+
 inline Tensor scores(const Tensor& x, const Tensor& weight) {
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = weight.size(0);
   // A GEMM wants float32 copies of its operands, which cost more than so few products.
@@ -52,19 +82,53 @@ inline Tensor scores(const Tensor& x, const Tensor& weight) {
   Tensor s = at::empty({tokens, experts}, x.options().dtype(at::kFloat));
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T *rows = x.const_data_ptr<T>(), *columns = weight.const_data_ptr<T>();
-    float* out = s.mutable_data_ptr<float>();
-    at::parallel_for(0, tokens, 16, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        int64_t e = 0;
-        for (; e + 4 <= experts; e += 4)
-          score_experts<4>(rows + t * hidden, columns + e * hidden, hidden, out + t * experts + e);
-        for (; e < experts; ++e)
-          score_experts<1>(rows + t * hidden, columns + e * hidden, hidden, out + t * experts + e);
-      }
-    });
+    score_all(x.const_data_ptr<T>(), weight.const_data_ptr<T>(), tokens, hidden, experts,
+              s.mutable_data_ptr<float>());
   });
   return s;
+}
+
+// How experts are chosen and weighed; see route.
+struct Rule {
+  std::vector<float> scale, balance, lowest;
+  int64_t top_k;
+  float scaling;
+};
+
+// The experts of a token, first in `order`, and the factors of their outputs; returns how many.
+// p: room for a value per expert.
+inline int64_t choose(const Rule& rule, const float* row, float lowest, std::vector<float>& p,
+                      int64_t* order, float* factors) {
+  const int64_t experts = p.size();
+  const std::vector<float>& add = rule.balance;
+  const float highest = *std::max_element(row, row + experts);
+  over_row(experts, [&](int64_t e, auto get, auto put) {
+    put(p.data() + e, exp(get(row + e) - highest));
+  });
+  float total = 0.0f;
+  for (const float value : p) total += value;
+  for (float& value : p) value /= total;
+  std::iota(order, order + experts, 0);
+  int64_t chosen = rule.top_k;
+  if (rule.top_k)
+    std::partial_sort(order, order + chosen, order + experts,
+                      [&](int64_t a, int64_t b) { return p[a] + add[a] > p[b] + add[b]; });
+  else
+    chosen = std::remove_if(order, order + experts,
+                            [&](int64_t e) { return !(row[e] + add[e] > lowest); }) -
+             order;
+  // Relative to the likeliest of the chosen: all of them may have probabilities of 0.
+  float best = -INFINITY, sum = 0.0f;
+  if (rule.scaling > 0.0f) {
+    for (int64_t k = 0; k < chosen; ++k) best = std::max(best, row[order[k]]);
+    for (int64_t k = 0; k < chosen; ++k) sum += std::exp(row[order[k]] - best);
+  }
+  for (int64_t k = 0; k < chosen; ++k) {
+    const int64_t e = order[k];
+    factors[k] = rule.scaling > 0.0f ? rule.scaling * (std::exp(row[e] - best) / sum)
+                                     : 1.0f + p[e] * rule.scale[e];
+  }
+  return chosen;
 }
 
 // The experts of every token and the factors of their outputs, as pairs of token and expert.
@@ -74,9 +138,9 @@ inline Tensor scores(const Tensor& x, const Tensor& weight) {
 // weaver.kernels.reference.route.
 inline std::tuple<Tensor, Tensor, Tensor> route(
     const Tensor& x_, const Tensor& weight, const optional<Tensor>& up_weight,
-    const optional<Tensor>& bias_, const Tensor& scale_, const Tensor& balance_,
+    const optional<Tensor>& bias_, const Tensor& scale, const Tensor& balance,
     const std::string& activation, int64_t top_k, double scaling,
-    const optional<Tensor>& lowest_) {
+    const optional<Tensor>& lowest) {
   const Tensor x = x_.contiguous();
   const int64_t tokens = x.size(0), experts = weight.size(0);
   Tensor s = scores(x, weight.contiguous());
@@ -94,51 +158,29 @@ inline std::tuple<Tensor, Tensor, Tensor> route(
       put(score + i, v < 0.0f ? -v : v);
     });
   }
-  const std::vector<float> scale = floats(scale_), add = floats(balance_);
-  const std::vector<float> lowest = lowest_ ? floats(*lowest_) : std::vector<float>(tokens, 0.0f);
-  TORCH_CHECK(int64_t(lowest.size()) == tokens, "lowest needs one value per token");
-  const int64_t most = tokens * (top_k ? top_k : experts);
-  Tensor token = at::empty({most}, x.options().dtype(at::kLong)), expert = at::empty_like(token);
-  Tensor factor = at::empty({most}, x.options().dtype(at::kFloat));
-  int64_t pairs = 0, *token_of = token.mutable_data_ptr<int64_t>(),
-          *expert_of = expert.mutable_data_ptr<int64_t>();
-  float* factor_of = factor.mutable_data_ptr<float>();
-  std::vector<float> p(experts);
-  std::vector<int64_t> order(experts);
+  const Rule rule{floats(scale), floats(balance),
+                  lowest ? floats(*lowest) : std::vector<float>(tokens, 0.0f), top_k,
+                  float(scaling)};
+  TORCH_CHECK(int64_t(rule.lowest.size()) == tokens, "lowest needs one value per token");
+  std::vector<int64_t> order(tokens * experts), ends(tokens + 1, 0);
+  std::vector<float> factors(tokens * experts);
+  at::parallel_for(0, tokens, 32, [&](int64_t first, int64_t last) {
+    std::vector<float> p(experts);
+    for (int64_t t = first; t < last; ++t)
+      ends[t + 1] = choose(rule, score + t * experts, rule.lowest[t], p, &order[t * experts],
+                           &factors[t * experts]);
+  });
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  Tensor token = at::empty({ends[tokens]}, x.options().dtype(at::kLong));
+  Tensor expert = at::empty_like(token);
+  Tensor factor = at::empty({ends[tokens]}, x.options().dtype(at::kFloat));
   for (int64_t t = 0; t < tokens; ++t) {
-    const float* row = score + t * experts;
-    const float highest = *std::max_element(row, row + experts);
-    over_row(experts, [&](int64_t e, auto get, auto put) {
-      put(p.data() + e, exp(get(row + e) - highest));
-    });
-    float total = 0.0f;
-    for (const float value : p) total += value;
-    for (float& value : p) value /= total;
-    std::iota(order.begin(), order.end(), 0);
-    int64_t chosen = top_k;
-    if (top_k)
-      std::partial_sort(order.begin(), order.begin() + top_k, order.end(),
-                        [&](int64_t a, int64_t b) { return p[a] + add[a] > p[b] + add[b]; });
-    else
-      chosen = std::remove_if(order.begin(), order.end(),
-                              [&](int64_t e) { return !(row[e] + add[e] > lowest[t]); }) -
-               order.begin();
-    // Relative to the likeliest of the chosen: all of them may have probabilities of 0.
-    float best = -INFINITY, sum = 0.0f;
-    if (scaling > 0.0) {
-      for (int64_t k = 0; k < chosen; ++k) best = std::max(best, row[order[k]]);
-      for (int64_t k = 0; k < chosen; ++k) sum += std::exp(row[order[k]] - best);
-    }
-    for (int64_t k = 0; k < chosen; ++k, ++pairs) {
-      const int64_t e = order[k];
-      token_of[pairs] = t;
-      expert_of[pairs] = e;
-      factor_of[pairs] = scaling > 0.0 ? float(scaling) * (std::exp(row[e] - best) / sum)
-                                       : 1.0f + p[e] * scale[e];
-    }
+    const int64_t begin = ends[t], count = ends[t + 1] - begin;
+    std::fill_n(token.mutable_data_ptr<int64_t>() + begin, count, t);
+    std::copy_n(&order[t * experts], count, expert.mutable_data_ptr<int64_t>() + begin);
+    std::copy_n(&factors[t * experts], count, factor.mutable_data_ptr<float>() + begin);
   }
-  if (pairs == most) return {token, expert, factor};
-  return {token.narrow(0, 0, pairs), expert.narrow(0, 0, pairs), factor.narrow(0, 0, pairs)};
+  return {token, expert, factor};
 }
 
 }  // namespace weaver

@@ -97,6 +97,19 @@ inline void over_columns(int64_t hidden, Body body) {
     });
 }
 
+// Length of a row with zeros behind its last column.
+inline int64_t padded(int64_t hidden) {
+  return (hidden + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
+}
+
+// A token's row as it meets those of matrices, padded.
+template <typename T>
+void keep_row(const T* row, int64_t hidden, typename Meeting<T>::Stored* to) {
+  over_columns(hidden, [&](int64_t d, auto see) {
+    see(row, [to = to + d](const T* from) { Meeting<T>::keep(to, from); });
+  });
+}
+
 // Where the same rows of a matrix lie in the next block; nullptr where nothing is fetched.
 template <typename T>
 struct Upcoming {
@@ -106,7 +119,7 @@ struct Upcoming {
   void fetch(int64_t column) const {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t at = 0; at < 2 * kLanes; at += kLine / int64_t(sizeof(T)))
-        __builtin_prefetch(rows + r * stride + column + at);
+        __builtin_prefetch(rows + r * stride + column + at, 0, 2);
   }
 };
 
@@ -221,8 +234,7 @@ void add_tokens(const Matrices<T>& m, const Ffn& ffn, const Block& block, int64_
 // y[token] += the outputs of slices with few tokens each.
 template <typename T>
 void stream(const Tensor& x, const Ffn& ffn, const std::vector<Slice>& slices, float* y) {
-  const int64_t hidden = x.size(1);
-  const int64_t padded = (hidden + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
+  const int64_t hidden = x.size(1), row_size = padded(hidden);
   // The tokens that any slice uses, in their order, and the place of each.
   std::vector<int64_t> place(x.size(0), -1), used;
   for (const Slice& slice : slices)
@@ -241,29 +253,25 @@ void stream(const Tensor& x, const Ffn& ffn, const std::vector<Slice>& slices, f
   }
   const int64_t tokens = used.size(), total = blocks.size();
   if (!total) return;
-  std::vector<typename Meeting<T>::Stored> inputs(tokens * padded);
-  for (int64_t i = 0; i < tokens; ++i) {
-    const T* row = x.const_data_ptr<T>() + used[i] * hidden;
-    over_columns(hidden, [&](int64_t d, auto see) {
-      see(row, [to = &inputs[i * padded + d]](const T* from) { Meeting<T>::keep(to, from); });
-    });
-  }
+  std::vector<typename Meeting<T>::Stored> inputs(tokens * row_size);
+  for (int64_t i = 0; i < tokens; ++i)
+    keep_row(x.const_data_ptr<T>() + used[i] * hidden, hidden, &inputs[i * row_size]);
   // One sum per range of blocks, added up in order: the same bits for the same number of threads.
   const int64_t ranges =
       std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), total / kBlocksPerTask));
-  std::vector<float> sums(ranges * tokens * padded, 0.0f);
+  std::vector<float> sums(ranges * tokens * row_size, 0.0f);
   at::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
     const Matrices<T> m(ffn);
     std::vector<StreamedToken<T>> shown(tokens);
     for (int64_t range = first; range < last; ++range) {
-      float* out = sums.data() + range * tokens * padded;
+      float* out = sums.data() + range * tokens * row_size;
       const int64_t end = total * (range + 1) / ranges;
       const Slice* slice = nullptr;
       for (int64_t b = total * range / ranges; b < end; ++b) {
         if (blocks[b].slice != slice) {
           slice = blocks[b].slice;
           for (int64_t i = 0; i < slice->count; ++i) {
-            const int64_t at = place[slice->token(i)] * padded;
+            const int64_t at = place[slice->token(i)] * row_size;
             shown[i] = {&inputs[at], out + at};
           }
         }
@@ -276,7 +284,7 @@ void stream(const Tensor& x, const Ffn& ffn, const std::vector<Slice>& slices, f
     for (int64_t d = 0; d < hidden; d += 2 * kLanes) {
       Two total{};
       for (int64_t range = 0; range < ranges; ++range) {
-        const float* from = &sums[(range * tokens + i) * padded + d];
+        const float* from = &sums[(range * tokens + i) * row_size + d];
         total.first += load(from);
         total.second += load(from + kLanes);
       }
