@@ -3,6 +3,7 @@
 # make quality     ruff, mypy, import-linter
 # make docs        the documents and the API reference as a site in build/site, links checked
 # make results     docs/results.md, docs/tasks.md, docs/prediction.md  (DATA_DIR=folder of texts)
+# make headline    docs/headline.md, from finished runs of make results
 # make pacing      docs/pacing.md                                      (DATA_DIR=folder of texts)
 # make recovery    docs/recovery.md, docs/dive_results.md, docs/downcycling.md
 # make benchmarks  docs/benchmarks.md
@@ -18,7 +19,7 @@ WEAVER := $(VENV)/bin/weaver
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: help demo test quality docs results pacing recovery benchmarks exports bench-gpu clean
+.PHONY: help demo test quality docs results headline pacing recovery benchmarks exports bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -46,6 +47,10 @@ results: $(INSTALLED) $(MODEL)/config.json
 	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)
 	$(VENV)/bin/python scripts/make_task_table.py --data-dir $(DATA_DIR)
 	$(VENV)/bin/python scripts/check_prediction.py
+
+# Quality, speed, size and runtimes of the conversions that `make results` left; run it alone.
+headline: $(INSTALLED) $(MODEL)/config.json
+	$(VENV)/bin/python scripts/make_headline.py
 
 # KL by position and FLOPs on four kinds of text.
 pacing: $(INSTALLED) $(MODEL)/config.json

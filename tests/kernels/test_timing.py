@@ -46,6 +46,15 @@ def test_interleave_alternates_and_leaves_the_warmup_out(clock: Clock) -> None:
     assert (timings["a"].median, timings["b"].median) == pytest.approx((2, 5))
 
 
+@pytest.mark.parametrize(("seconds", "timed"), [(0.5, 1), (25.0, 1), (41.0, 2), (1000.0, 4)])
+def test_no_round_begins_after_the_budget(clock: Clock, seconds: float, timed: int) -> None:
+    calls: list[str] = []
+    functions = {name: sleeper(clock, calls, name, [10.0] * 5) for name in "ab"}
+    timings = interleave(functions, repeats=4, warmup=1, seconds=seconds)
+    assert len(timings["a"].seconds) == len(timings["b"].seconds) == timed
+    assert len(calls) == 2 * (1 + timed)
+
+
 def test_prepare_runs_before_every_run_and_is_not_timed(clock: Clock) -> None:
     calls: list[str] = []
     timings = interleave(

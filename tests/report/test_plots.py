@@ -8,7 +8,17 @@ from xml.etree import ElementTree
 import pytest
 
 from weaver.artifacts.bench_results import BenchHeader, BenchResult, BenchRow
-from weaver.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curves_plot, speedup_plot
+from weaver.report.plots import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    curves_plot,
+    points_plot,
+    speedup_plot,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 GRID, ONE = "#ddd", "black"
@@ -169,3 +179,20 @@ def test_curves_share_their_axes() -> None:
 
 def test_one_point_is_a_plot() -> None:
     ElementTree.fromstring(curves_plot("one", "step", {"only": [(5, 1.0)]}))
+
+
+def test_points_stand_beside_their_names_on_a_logarithmic_axis() -> None:
+    drawn = points_plot(
+        "KL & speed", "speed-up", {"a": (1.0, 0.1), "b": (1.1, 1.0), "c": (1.2, 10)}
+    )
+    root = ElementTree.fromstring(drawn)
+    places = [
+        (float(each.attrib["cx"]), float(each.attrib["cy"]))
+        for each in root
+        if each.tag.endswith("circle")
+    ]
+    assert [across for across, _ in places] == sorted(across for across, _ in places)
+    (_, first), (_, second), (_, third) = places
+    assert first - second == pytest.approx(second - third, abs=0.2)
+    words = [each.text for each in root if each.tag.endswith("text")]
+    assert {"KL & speed", "speed-up", "a", "b", "c"} <= set(words)

@@ -209,3 +209,10 @@ def test_a_static_layer(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_run_that_is_not_converted(tmp_path: Path) -> None:
     with pytest.raises(WeaverError, match="model: no finished assemble stage"):
         bench_run(StageContext(tmp_path), CONFIG, [], "kernel", "uniform")
+
+
+def test_a_spent_budget_leaves_one_round(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"repeats": 5, "seconds": 1e-9})
+    size = LayerSize(32, 64, 8, 0.25)
+    result = bench_size(StageContext(tmp_path), config, size, "layer", "uniform")
+    assert all(row.dense_p10_ms == row.dense_p90_ms for row in result.rows)

@@ -32,7 +32,9 @@ class RoutingPattern(StrEnum):
     SKEWED = "skewed"
 
 
-@stage_command("bench", BenchConfig, ("tokens", "decode_tokens", "repeats", "threads", "dtype"))
+@stage_command(
+    "bench", BenchConfig, ("tokens", "decode_tokens", "repeats", "seconds", "threads", "dtype")
+)
 def bench(settings: BenchConfig, _options: SharedOptions) -> StageCall:
     """Time the converted model against the dense one: in turn, in one process."""
     from weaver.stages.bench import bench as stage
@@ -43,7 +45,7 @@ def bench(settings: BenchConfig, _options: SharedOptions) -> StageCall:
 @section_command(
     "bench",
     BenchConfig,
-    ("tokens", "repeats", "threads", "dtype"),
+    ("tokens", "repeats", "seconds", "threads", "dtype"),
     shared=("config", "overrides", "seed"),
 )
 def bench_layer(

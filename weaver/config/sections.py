@@ -154,6 +154,9 @@ class BenchConfig(Section):
     )
     decode_tokens: int = Field(32, ge=0, description="Tokens decoded with a KV cache; 0 for none.")
     repeats: int = Field(10, gt=0, description="Timed rounds.")
+    seconds: float = Field(
+        120.0, gt=0.0, description="Budget, divided among the rows; a slow row gets fewer rounds."
+    )
     warmup: int = Field(2, ge=0)
     dtype: DtypeName = Field("auto", description=DTYPE)
     threads: int | None = Field(None, gt=0, description="Threads of torch.")

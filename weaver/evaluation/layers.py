@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def measure_layer(
     *,
     repeats: int,
     warmup: int,
+    seconds: float = math.inf,
 ) -> BenchRow:
     """Time the dense FFN, the converted one, and the converted one with transformers' experts.
 
@@ -135,11 +137,14 @@ def measure_layer(
         level: with the router ("layer"), or with the routing given ("kernel").
         repeats: timed rounds.
         warmup: rounds not counted.
+        seconds: budget, after which no round begins; one is always timed.
     """
     module, x_TD = case.module, case.x_TD[:tokens]
     routing = module.routing(x_TD)
     assert routing is not None, "a static layer has no experts to time"
-    timings = _stack_timings(case, x_TD, routing, level, repeats=repeats, warmup=warmup)
+    timings = _stack_timings(
+        *(case, x_TD, routing, level), repeats=repeats, warmup=warmup, seconds=seconds
+    )
     variant = min(case.variants, key=lambda name: timings[name].median)
     return bench_row(
         timings[variant],
@@ -163,6 +168,7 @@ def _stack_timings(
     *,
     repeats: int,
     warmup: int,
+    seconds: float,
 ) -> dict[str, Timing]:
     """Seconds of one layer, by what computed it."""
     count = max(1, -(-STACK_BYTES // case.weight_bytes))
@@ -174,7 +180,7 @@ def _stack_timings(
             each[name]()
 
     functions = {name: partial(run, name) for name in calls[0]}
-    timings = interleave(functions, repeats=repeats, warmup=warmup)
+    timings = interleave(functions, repeats=repeats, warmup=warmup, seconds=seconds)
     return {
         name: Timing(tuple(seconds / count for seconds in timing.seconds))
         for name, timing in timings.items()

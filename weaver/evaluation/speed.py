@@ -6,6 +6,7 @@ here changes them. ``device_header`` writes down where the times were taken.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -22,7 +23,13 @@ from weaver.kernels.timing import Timing, interleave
 
 @torch.inference_mode()
 def measure_prefill(
-    models: Mapping[str, nn.Module], ids_1T: Tensor, *, bound: float, repeats: int, warmup: int
+    models: Mapping[str, nn.Module],
+    ids_1T: Tensor,
+    *,
+    bound: float,
+    repeats: int,
+    warmup: int,
+    seconds: float = math.inf,
 ) -> BenchRow:
     """Time one forward over a prompt with an empty cache, as ``generate`` begins.
 
@@ -35,13 +42,17 @@ def measure_prefill(
         bound: ceiling of the speed-up for the whole model.
         repeats: timed rounds.
         warmup: rounds not counted.
+        seconds: budget, after which no round begins; one is always timed.
 
     Raises:
         ValueError: ``models`` has other keys, or the prompt is not (1, T).
     """
     runs = _generations(models, ids_1T)
     timings = interleave(
-        {name: run.first_token for name, run in runs.items()}, repeats=repeats, warmup=warmup
+        {name: run.first_token for name, run in runs.items()},
+        repeats=repeats,
+        warmup=warmup,
+        seconds=seconds,
     )
     return bench_row(
         timings["dense"],
@@ -61,6 +72,7 @@ def measure_decode(
     bound: float,
     repeats: int,
     warmup: int,
+    seconds: float = math.inf,
 ) -> BenchRow:
     """Time decoding with a KV cache at batch 1, after an untimed prefill of the prompt.
 
@@ -74,6 +86,7 @@ def measure_decode(
         bound: ceiling of the speed-up for the whole model.
         repeats: timed rounds.
         warmup: rounds not counted.
+        seconds: budget, after which no round begins; one is always timed.
 
     Raises:
         ValueError: ``models`` has other keys, the prompt is not (1, T), or N is below 1.
@@ -84,6 +97,7 @@ def measure_decode(
         {name: run.decoder(fed_1N) for name, run in runs.items()},
         repeats=repeats,
         warmup=warmup,
+        seconds=seconds,
         prepare={name: run.first_token for name, run in runs.items()},
     )
     return bench_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def interleave(
     *,
     repeats: int,
     warmup: int,
+    seconds: float = math.inf,
     prepare: Mapping[str, Callable[[], None]] | None = None,
 ) -> dict[str, Timing]:
     """Time functions in turn, A B A B ..., so that a slow minute of the machine hits all of them.
@@ -70,6 +72,7 @@ def interleave(
         functions: what to time, by name.
         repeats: timed rounds.
         warmup: rounds before them, run in the same order and not counted.
+        seconds: budget; no round begins after it, but the first timed one always runs.
         prepare: per name a function that runs before every run and is not timed.
 
     Returns:
@@ -80,14 +83,17 @@ def interleave(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} must be positive and warmup={warmup} not negative")
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    end = perf_counter() + seconds
     with _no_garbage_collection():
-        for _ in range(warmup + repeats):
+        for done in range(warmup + repeats):
+            if done > warmup and perf_counter() >= end:
+                break
             for name, function in functions.items():
                 if prepare is not None:
                     prepare[name]()
-                seconds[name].append(_seconds_of(function))
-    return {name: Timing(tuple(values[warmup:])) for name, values in seconds.items()}
+                taken[name].append(_seconds_of(function))
+    return {name: Timing(tuple(values[warmup:])) for name, values in taken.items()}
 
 
 def _seconds_of(function: Callable[[], object]) -> float:

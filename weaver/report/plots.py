@@ -100,6 +100,47 @@ def curves_plot(
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def points_plot(title: str, x_name: str, points: Mapping[str, tuple[float, float]]) -> str:
+    """SVG of named points (x, y), y on a logarithmic axis; each name stands beside its point.
+
+    Args:
+        title: heading.
+        x_name: the horizontal axis.
+        points: (x, y) by name, y positive.
+    """
+    xs, ys = ([point[i] for point in points.values()] for i in (0, 1))
+    left, right, low, high = 0.95 * min(xs), 1.05 * max(xs), 0.8 * min(ys), 1.25 * max(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - left) / (right - left), math.log(y / low) / math.log(high / low)
+        return (
+            LEFT + across * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        text(WIDTH / 2, 20, title),
+        text(WIDTH / 2, HEIGHT - 12, x_name),
+    ]
+    for i in range(5):
+        y, x = low * (high / low) ** (i / 4), left + i / 4 * (right - left)
+        parts.append(line([place(left, y), place(right, y)], "#ddd"))
+        parts.append(text(LEFT - 28, place(left, y)[1] + 4, f"{y:.2g}"))
+        parts.append(text(place(x, low)[0], HEIGHT - BOTTOM + 18, f"{x:.2f}x"))
+    for i, (name, point) in enumerate(points.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        across, down = place(*point)
+        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"/>')
+        before = across > WIDTH * 0.7
+        beside = across - 8 if before else across + 8
+        more = f' fill="{colour}"'
+        parts.append(text(beside, down + 4, name, anchor="end" if before else "start", more=more))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def line(points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = False) -> str:
     """SVG of a line through points."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,25 +69,25 @@ def _rows(
     models = {"dense": converted.load_dense(config.dtype), "moe": converted.load(config.dtype)}
     bound = converted.account().speed_bound
     ids_T = prompt(converted, max((*config.tokens, DECODE_PROMPT)))
-    repeats, warmup = config.repeats, config.warmup
+    count = len(config.tokens) + (config.decode_tokens > 0)
     rows = []
-    with context.progress(STAGE, len(config.tokens) + (config.decode_tokens > 0)) as advance:
+
+    def measured(measure: Callable[..., BenchRow], *arguments: Any) -> BenchRow:
+        return measure(
+            *arguments,
+            bound=bound,
+            repeats=config.repeats,
+            warmup=config.warmup,
+            seconds=config.seconds / count,
+        )
+
+    with context.progress(STAGE, count) as advance:
         for tokens in config.tokens:
-            prompt_1T = ids_T[None, :tokens]
-            row = measure_prefill(models, prompt_1T, bound=bound, repeats=repeats, warmup=warmup)
-            rows.append(row)
+            rows.append(measured(measure_prefill, models, ids_T[None, :tokens]))
             advance(f"prefill {tokens}")
         if config.decode_tokens:
-            rows.append(
-                measure_decode(
-                    models,
-                    ids_T[None, :DECODE_PROMPT],
-                    config.decode_tokens,
-                    bound=bound,
-                    repeats=repeats,
-                    warmup=warmup,
-                )
-            )
+            prompt_1T = ids_T[None, :DECODE_PROMPT]
+            rows.append(measured(measure_decode, models, prompt_1T, config.decode_tokens))
             advance("decode")
     return tuple(rows)
 

@@ -185,7 +185,12 @@ def _measure(
     work = [(layer, case, tokens) for layer, case in cases for tokens in config.tokens]
     with pinned_threads(config.threads), context.progress(f"bench {level}", len(work)) as advance:
         for layer, case, tokens in work:
-            row = measure_layer(case, tokens, level, repeats=config.repeats, warmup=config.warmup)
+            row = measure_layer(
+                *(case, tokens, level),
+                repeats=config.repeats,
+                warmup=config.warmup,
+                seconds=config.seconds / len(work),
+            )
             rows.append(row.model_copy(update={"layer": layer}))
             advance(f"{tokens} tokens")
         header = device_header(dtype, level=level, routing=routing)
