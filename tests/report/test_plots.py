@@ -16,7 +16,7 @@ from weaver.report.plots import (
     TOP,
     WIDTH,
     curves_plot,
-    points_plot,
+    paths_plot,
     speedup_plot,
 )
 
@@ -181,18 +181,16 @@ def test_one_point_is_a_plot() -> None:
     ElementTree.fromstring(curves_plot("one", "step", {"only": [(5, 1.0)]}))
 
 
-def test_points_stand_beside_their_names_on_a_logarithmic_axis() -> None:
-    drawn = points_plot(
-        "KL & speed", "speed-up", {"a": (1.0, 0.1), "b": (1.1, 1.0), "c": (1.2, 10)}
-    )
-    root = ElementTree.fromstring(drawn)
+def test_paths_end_in_their_names_on_a_logarithmic_axis() -> None:
+    paths = {"a": [(1.0, 0.1), (1.1, 1.0), (1.2, 10)], "b": [(1.05, 2.0)]}
+    root = ElementTree.fromstring(paths_plot("KL & speed", "speed-up", paths))
     places = [
         (float(each.attrib["cx"]), float(each.attrib["cy"]))
         for each in root
         if each.tag.endswith("circle")
     ]
-    assert [across for across, _ in places] == sorted(across for across, _ in places)
-    (_, first), (_, second), (_, third) = places
+    (_, first), (_, second), (last, third), _ = places
     assert first - second == pytest.approx(second - third, abs=0.2)
-    words = [each.text for each in root if each.tag.endswith("text")]
-    assert {"KL & speed", "speed-up", "a", "b", "c"} <= set(words)
+    texts = {each.text: each for each in root if each.tag.endswith("text")}
+    assert {"KL & speed", "speed-up", "a", "b"} <= set(texts)
+    assert float(texts["a"].attrib["x"]) == pytest.approx(last - 8, abs=0.2)

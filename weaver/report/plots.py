@@ -28,11 +28,7 @@ def speedup_plot(result: BenchResult) -> str:
     header = result.header
     title = f"{header.device}, {header.threads} thread(s), {header.dtype}, {header.level}"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        text(WIDTH / 2, 20, title),
-        text(WIDTH / 2, HEIGHT - 12, "tokens"),
+        *_opened(title, "tokens"),
         *(text(x(row), HEIGHT - BOTTOM + 18, str(row.tokens)) for row in rows),
     ]
     step = 0.25 if top < 2.5 else math.ceil(top / 8)
@@ -55,6 +51,25 @@ def speedup_plot(result: BenchResult) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def _opened(title: str, x_name: str) -> list[str]:
+    """The start of a picture: its size, a white ground, heading and horizontal axis."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        text(WIDTH / 2, 20, title),
+        text(WIDTH / 2, HEIGHT - 12, x_name),
+    ]
+
+
+def _within(across: float, up: float) -> tuple[float, float]:
+    """Place of a point from its shares of the axes."""
+    return (
+        LEFT + across * (WIDTH - LEFT - RIGHT),
+        HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
+    )
+
+
 COLOURS = ("#1f6fb4", "#c4501b", "#3a8f3a", "#7a4fa3", "#8a6d00", "#555")
 
 
@@ -75,18 +90,9 @@ def curves_plot(
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - left) / (right - left or 1)
         up = (y - low) / (high - low or 1)
-        return (
-            LEFT + across * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
-        )
+        return _within(across, up)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        text(WIDTH / 2, 20, title),
-        text(WIDTH / 2, HEIGHT - 12, x_name),
-    ]
+    parts = _opened(title, x_name)
     for i in range(5):
         value, tick = low + i / 4 * (high - low), left + i / 4 * (right - left)
         parts.append(line([place(left, value), place(right, value)], "#ddd"))
@@ -100,44 +106,38 @@ def curves_plot(
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def points_plot(title: str, x_name: str, points: Mapping[str, tuple[float, float]]) -> str:
-    """SVG of named points (x, y), y on a logarithmic axis; each name stands beside its point.
+def paths_plot(title: str, x_name: str, paths: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """SVG of named paths of points (x, y), y on a logarithmic axis; names stand at their ends.
 
     Args:
         title: heading.
         x_name: the horizontal axis.
-        points: (x, y) by name, y positive.
+        paths: points of every path, in their order, y positive.
     """
-    xs, ys = ([point[i] for point in points.values()] for i in (0, 1))
+    points = [point for path in paths.values() for point in path]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
     left, right, low, high = 0.95 * min(xs), 1.05 * max(xs), 0.8 * min(ys), 1.25 * max(ys)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - left) / (right - left), math.log(y / low) / math.log(high / low)
-        return (
-            LEFT + across * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
-        )
+        return _within((x - left) / (right - left), math.log(y / low) / math.log(high / low))
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        text(WIDTH / 2, 20, title),
-        text(WIDTH / 2, HEIGHT - 12, x_name),
-    ]
+    parts = _opened(title, x_name)
     for i in range(5):
         y, x = low * (high / low) ** (i / 4), left + i / 4 * (right - left)
         parts.append(line([place(left, y), place(right, y)], "#ddd"))
         parts.append(text(LEFT - 28, place(left, y)[1] + 4, f"{y:.2g}"))
         parts.append(text(place(x, low)[0], HEIGHT - BOTTOM + 18, f"{x:.2f}x"))
-    for i, (name, point) in enumerate(points.items()):
+    for i, (name, path) in enumerate(paths.items()):
         colour = COLOURS[i % len(COLOURS)]
-        across, down = place(*point)
-        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"/>')
+        places = [place(*point) for point in path]
+        parts.append(line(places, colour))
+        for across, down in places:
+            parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"/>')
+        across, down = places[-1]
         before = across > WIDTH * 0.7
         beside = across - 8 if before else across + 8
         more = f' fill="{colour}"'
-        parts.append(text(beside, down + 4, name, anchor="end" if before else "start", more=more))
+        parts.append(text(beside, down - 6, name, anchor="end" if before else "start", more=more))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
