@@ -20,8 +20,8 @@ from weaver.kernels.reference import ExpertChoice, Routing, masked_forward
 # Relative error of the whole output.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
-# T, D, S, E, N, K and what is special about the routing. Up to 12 tokens of an expert (float32: 32)
-# are streamed; D = 64 is a whole number of tiles, 40 and 13 are not.
+# T, D, S, E, N, K and what is special about the routing. Up to 12 tokens of an expert (float32: 32,
+# with AVX-512 192) are streamed; D = 64 is a whole number of tiles, 40 and 13 are not.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "one token": (1, 64, 10, 4, 6, 2, {}),
     "two tokens": (2, 64, 10, 4, 6, 2, {}),

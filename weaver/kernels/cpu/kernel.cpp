@@ -127,7 +127,7 @@ Tensor masked(const Tensor& x_, const Tensor& gate, const Tensor& up, const Tens
   const int64_t experts = factors ? factors->size(1) : 0;
   const float* factor_of = factors ? factors->const_data_ptr<float>() : nullptr;
   const int64_t width = experts ? (neurons - shared) / experts : 0;
-  if (tokens > weaver::streamed(x.scalar_type())) {
+  if (tokens > weaver::streamed(x.scalar_type(), x.size(1))) {
     weaver::add_slices(
         x, ffn, {{0, neurons, nullptr, factor_of, tokens, experts, shared, width}}, out);
   } else {

@@ -40,8 +40,13 @@ inline std::string use_path(const std::string& name) {
 }
 
 // Up to this many tokens the rows of a slice are read once for all of them; above, products are
-// faster: from 5 tokens on with AMX, where a tile of sixteen costs as much as a token.
-inline int64_t streamed(at::ScalarType dtype) {
+// faster: in bfloat16 from 5 tokens on with AMX, where a tile of sixteen costs as much as a token;
+// in float32 where the registers hold few sums, or x and y of the tokens leave the second cache.
+inline int64_t streamed(at::ScalarType dtype, int64_t hidden) {
+#ifdef __AVX512F__
+  constexpr int64_t kCached = 1 << 17, kMost = 192;
+  if (dtype == at::kFloat) return std::clamp<int64_t>(kCached / hidden, 32, kMost);
+#endif
   if (dtype == at::kFloat) return 32;
   return dtype == at::kBFloat16 && chosen_path() == "amx" ? 4 : 12;
 }
@@ -69,7 +74,7 @@ inline void add_slices(const Tensor& x, const Ffn& ffn, const std::vector<Slice>
   std::vector<Slice> few, many;
   for (const Slice& slice : slices)
     if (slice.count && slice.begin < slice.end)
-      (slice.count <= streamed(x.scalar_type()) ? few : many).push_back(slice);
+      (slice.count <= streamed(x.scalar_type(), x.size(1)) ? few : many).push_back(slice);
   with_type(x.scalar_type(), [&](auto zero) { stream<decltype(zero)>(x, ffn, few, y); });
   if (!many.empty()) add_products(x, ffn, many, y);
 }
