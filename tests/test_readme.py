@@ -107,6 +107,22 @@ def test_the_headline_is_what_was_measured() -> None:
     shown = table("README.md", "converted by")
     assert shown == table("docs/headline.md", "converted by")
     assert {row[0] for row in shown} > {"weave", "weave, stock, 64 experts", "flap, refit", "flap"}
+    results = (
+        (ROOT / "docs" / "results.md").read_text().split("\n## Multi-task")[1].split("\n## ")[0]
+    )
+    measured = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in results.splitlines()
+        if line.startswith("| ")
+    ]
+    for method, _, flops, kl, perplexity, *_ in shown:
+        assert any(
+            row[0] == method
+            and row[2].startswith(f"{kl} ")
+            and float(row[5]) == float(perplexity)
+            and row[7] == flops
+            for row in measured
+        ), method
 
 
 @pytest.mark.parametrize("line", COMMANDS)

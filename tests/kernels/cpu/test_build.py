@@ -105,14 +105,18 @@ def test_a_processor_with_avx2_alone_gives_the_same_outputs(tmp_path: Path) -> N
     require_native()
     tests = Path(__file__).with_name("test_op.py")
     program = f"""
-import sys, pytest
+import sys, pytest, torch
 from weaver.kernels.cpu import build
 build.FLAGS = {for_processor("haswell")!r}
 assert build.is_available()
-sys.exit(pytest.main(["-p", "no:cacheprovider", {str(tests)!r}, "-k", "outputs and not amx"]))
+with pytest.raises(RuntimeError, match="this processor has no path dot"):
+    torch.ops.weaver_cpu.use_path("dot")
+chosen = "outputs and not amx and not dot"
+sys.exit(pytest.main(["-p", "no:cacheprovider", {str(tests)!r}, "-k", chosen]))
 """
     environment = {**os.environ, "WEAVER_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
