@@ -21,8 +21,8 @@ from weaver.kernels.reference import ExpertChoice, Routing, masked_forward
 # Relative error of the whole output.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
-# T, D, S, E, N, K and what is special about the routing. Up to 12 tokens of an expert (float32: 32,
-# with AVX-512 192) are streamed; D = 64 is a whole number of tiles, 40 and 13 are not.
+# T, D, S, E, N, K and what is special about the routing. Up to 12 tokens of an expert (float32: 32
+# where D makes no tiles) are streamed; D = 64 is a whole number of tiles, 40 and 13 are not.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "one token": (1, 64, 10, 4, 6, 2, {}),
     "two tokens": (2, 64, 10, 4, 6, 2, {}),
@@ -99,13 +99,13 @@ def test_the_same_outputs(
         assert torch.equal(forward(*arguments), y_TD)
 
 
-# Paths of products in bfloat16, by the instructions without which they cannot run.
+# Paths of products, by the instructions without which they cannot run.
 PATHS = {"amx": "amx_bf16", "dot": "avx512_bf16", "floats": None, "gemm": None}
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A way to compute products in bfloat16, instead of the best that this processor has."""
+    """A way to compute products, instead of the best that this processor has."""
     needed = PATHS[request.param]
     if needed and needed not in cpu_features().split():
         pytest.skip(f"this processor has no {needed}, without which the path cannot run")
@@ -114,14 +114,15 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.ops.weaver_cpu.use_path(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", [case for case in SHAPES if SHAPES[case][0] > 12])
 def test_every_path_gives_the_same_outputs(
-    make_ffn: Any, make_routing: Any, path: str, threads: int, case: str
+    make_ffn: Any, make_routing: Any, path: str, threads: int, case: str, dtype: torch.dtype
 ) -> None:
-    arguments = problem(make_ffn, make_routing, case, torch.bfloat16, biases=True)
+    arguments = problem(make_ffn, make_routing, case, dtype, biases=True)
     for forward in (op.moe, op.masked):
         y_TD = forward(*arguments)
-        assert_near(y_TD, truth(*arguments), LIMITS[torch.bfloat16])
+        assert_near(y_TD, truth(*arguments), LIMITS[dtype])
         assert torch.equal(forward(*arguments), y_TD)
 
 

@@ -27,7 +27,7 @@ from weaver.artifacts.cache import cache_folder, cache_lock
 from weaver.kernels.machine import cpu_features
 
 NAME = "weaver_cpu"
-HEADERS = ("engines", "ffn", "gemm", "packing", "paths", "route", "stream", "tiles", "vector")
+HEADERS = "engines ffn gemm lanes packing paths route stream tiles vector".split()
 SOURCES = ("kernel.cpp", *(f"{name}.h" for name in HEADERS))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi")
 

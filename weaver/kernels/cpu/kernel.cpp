@@ -3,8 +3,8 @@
 // A slice is a range of stored neurons (rows of gate, up and down) with the tokens that use it: the
 // shared neurons with all of them, an expert with those that selected it. With few tokens reading
 // the rows is all that costs, so they are read once, row by row, for all tokens of the slice
-// (stream.h). With more tokens a slice is three products: in bfloat16 on tiles (tiles.h), else by
-// ATen's GEMMs (gemm.h). Sums over neurons are float32. weaver/kernels/reference.py is the
+// (stream.h). With more tokens a slice is three products: in bfloat16 and float32 on tiles (tiles.h),
+// else by ATen's GEMMs (gemm.h). Sums over neurons are float32. weaver/kernels/reference.py is the
 // definition.
 
 #include <ATen/core/Tensor.h>

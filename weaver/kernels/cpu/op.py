@@ -22,8 +22,8 @@ def moe(
     """The MoE FFN from the chosen experts alone; see ``weaver.kernels.reference.masked_forward``.
 
     A slice of neurons with few tokens is read once, row by row, for all of them; with more tokens
-    it is computed by matrix products: in bfloat16 on tiles, with the instructions of AMX or of
-    AVX512-BF16 where the processor has them, else by torch's. Sums over neurons and experts are
+    it is computed by matrix products: on tiles in float32 and in bfloat16, with the instructions of
+    AMX or of AVX512-BF16 where the processor has them, else by torch's. Sums over neurons and experts are
     float32. Their order follows from shapes, routing and number of threads, so that a call repeats
     bit by bit.
 

@@ -39,7 +39,9 @@ void score_tokens(const StreamedToken<T>* tokens, const T* weight, int64_t hidde
                   float* out) {
   constexpr int kCount = kRowsAtOnce<kMany>;
   const Upcoming<T> none{nullptr, 0, 0};
-  auto store_scores = [&](const Vec& lanes, int64_t e, int count) {
+  auto store_scores = [&](const Vec& sums, int64_t e, int count) {
+    float lanes[kLanes];
+    store(lanes, sums);
     for (int r = 0; r < count; ++r)
       for (int t = 0; t < kMany; ++t) out[t * experts + e + r] = lanes[r * kMany + t];
   };
@@ -155,7 +157,7 @@ inline std::tuple<Tensor, Tensor, Tensor> route(
     const Activation act = activation_of(activation);
     over_row(tokens * experts, [&](int64_t i, auto get, auto put) {
       const Vec v = get(up + i) * apply(act, get(score + i));
-      put(score + i, v < 0.0f ? -v : v);
+      put(score + i, larger(v, -v));
     });
   }
   const Rule rule{floats(scale), floats(balance),

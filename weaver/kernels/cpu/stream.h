@@ -141,18 +141,20 @@ Vec products(const T* rows, int64_t stride, int64_t hidden, const StreamedToken<
   return each_sum<kCount * kMany>(sums);
 }
 
-// y += h down for kCount rows and kMany tokens; h of row r and token t is h[r * kMany + t].
+// y += h down for kCount rows and kMany tokens; h of row r and token t is lane r * kMany + t.
 template <int kCount, int kMany, typename T>
 void add_down(const Matrices<T>& m, int64_t row, int64_t hidden, const StreamedToken<T>* tokens,
-              const Vec& h) {
+              const Vec& lanes) {
   const T* down = m.down + row * m.down_stride;
+  float h[kLanes];
+  store(h, lanes);
   auto read = [](const T* columns) { return load_two(columns); };
   over_columns(hidden, [&](int64_t d, auto see) {
     Two rows[kCount];
     for (int r = 0; r < kCount; ++r) rows[r] = see(down + r * m.down_stride, read);
     for (int t = 0; t < kMany; ++t) {
       float* y = tokens[t].y + d;
-      Vec first = weaver::load(y), second = weaver::load(y + kLanes);
+      Vec first = load(y), second = load(y + kLanes);
       for (int r = 0; r < kCount; ++r) {
         first += h[r * kMany + t] * rows[r].first;
         second += h[r * kMany + t] * rows[r].second;
@@ -176,9 +178,9 @@ void add_rows_of(const Matrices<T>& m, const Ffn& ffn, int64_t row, int64_t hidd
   Vec ups = products<kCount, kMany>(up, m.up_stride, hidden, tokens, upcoming(m.up, m.up_stride),
                                     upcoming(m.down, m.down_stride));
   auto lanes = [](auto value) {
-    Vec v{};
-    for (int i = 0; i < kCount * kMany; ++i) v[i] = value(i / kMany, i % kMany);
-    return v;
+    float all[kLanes] = {};
+    for (int i = 0; i < kCount * kMany; ++i) all[i] = value(i / kMany, i % kMany);
+    return load(all);
   };
   auto of_row = [&](const Tensor& bias) {
     return lanes([from = bias.const_data_ptr<float>() + row](int r, int) { return from[r]; });
