@@ -76,10 +76,10 @@ def _converted_classes(family: Family) -> ConvertedClasses:
         base_model_tp_plan = None
         base_model_ep_plan = None
 
-        def __post_init__(self, **values: Any) -> None:
-            # These classes need no remote code and save none: the entry would point to no file.
-            values.pop("auto_map", None)
-            super().__post_init__(**values)
+        def to_dict(self) -> dict[str, Any]:
+            # These classes save no code: the entry would point to no file. It is kept in memory,
+            # where vLLM's transformers backend looks for the classes of a folder that has code.
+            return {k: v for k, v in super().to_dict().items() if k != "auto_map"}
 
     _publish(ConvertedConfig, dense_config)
     return ConvertedClasses(
