@@ -46,6 +46,16 @@ def test_an_export_is_written_and_verified(run_dir: Path, tmp_path: Path) -> Non
     assert "above 1e-30" in failed.stderr
 
 
+def test_thresholds_apply_to_llama_cpp_too(run_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gguf"
+    made = run_weaver("export", run_dir, "--to", "gguf", "--quantisation", "q8_0", "--out", folder)
+    assert made.returncode == 0, made.stderr
+    text = ("--tokens", "64", "--sequence-length", "64", "--new-tokens", "2")
+    failed = run_weaver("verify", folder, "--against", run_dir, *text, "--max-kl", "1e-12")
+    assert failed.returncode == 1
+    assert "above 1e-12" in failed.stderr
+
+
 def test_errors_have_three_lines(run_dir: Path, tmp_path: Path) -> None:
     wrong = run_weaver("export", run_dir, "--to", "onnx")
     assert wrong.returncode == 1

@@ -72,6 +72,17 @@ def test_granite_holds_equal_layers(variant: str, dtype: torch.dtype, tmp_path: 
     assert_same(load_converted(checkpoint.folder), stock, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_of_odd_widths_are_filled_up_to_what_grouped_products_take(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = save_converted(tmp_path, "llama", ((13, 5, 7, 2),) * 3, dtype=dtype)
+    write_stock(tmp_path / "stock", glm4_moe.TARGET, source_of(checkpoint))
+    stock = load_stock(tmp_path / "stock", dtype)
+    assert stock.config.moe_intermediate_size == 8
+    assert_same(load_converted(checkpoint.folder), stock, dtype)
+
+
 def test_granite_takes_biases_of_the_whole_attention(tmp_path: Path) -> None:
     checkpoint = save_converted(tmp_path, "llama", EQUAL, changes={"attention_bias": True})
     found = glm4_moe.TARGET.obstacles(checkpoint, checkpoint.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,38 @@ def test_a_missing_package_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_measures_an_approximation_is_there_before_anything_is_written(
+    weave_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    config = ExportConfig(target="gguf", approximate=True)
+    with pytest.raises(WeaverError, match="of a GGUF file cost needs the package xllamacpp"):
+        plan_export(StageContext(weave_dir), config, tmp_path / "out")
+
+
+def test_a_runtime_that_does_not_run_an_export_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    write(run_dir, out=tmp_path / "out")
+    for runtime, message in (
+        ("llama.cpp", "llama.cpp does not run a glm4-moe export"),
+        ("vllm", "a check in vLLM needs the package vllm"),
+    ):
+        if runtime == "vllm" and find_spec("vllm"):
+            continue
+        config = TEXT.model_copy(update={"runtime": runtime})
+        with pytest.raises(WeaverError, match=message):
+            verify(StageContext(run_dir), tmp_path / "out", config)
+
+
+def test_an_export_runs_in_the_dtype_that_it_is_stored_in(run_dir: Path, tmp_path: Path) -> None:
+    write(run_dir, out=tmp_path / "out", dtype="bfloat16")
+    result = compare(run_dir, tmp_path / "out")
+    assert (result.dtype, result.stored_dtype) == ("float32", "bfloat16")
+    assert result.stored_kl is not None
+    assert 0 < result.kl < 1e-2
+    # Of the first window, and with what is computed rounded too.
+    assert 0 < result.stored_kl < 1e-2
+
+
 def test_a_finished_export_is_skipped_and_another_one_refused(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +227,9 @@ def test_llama_cpp_gives_the_same_probabilities(
     assert result.mean_logprob_difference is not None
     assert result.mean_logprob_difference <= result.max_logprob_difference < largest
     assert result.top1_agreement > 0.9
+    # Every token that was asked for, and a divergence that thresholds can be set for.
+    assert result.tokens == 126
+    assert 0 <= result.kl < largest**2
 
 
 def test_what_llama_cpp_lacks_is_refused_before_an_earlier_export_is_thrown_away(

@@ -159,6 +159,7 @@ def show_verification(console: Console, title: str, result: Verification) -> Non
     """Print the agreement of an export with its model: KL, perplexities, top-1, greedy text."""
     forms: dict[str, tuple[str, Callable[[float], str]]] = {
         "kl": ("KL to the model, nats/token", "{:.2e}".format),
+        "stored_kl": (f"the same in {result.stored_dtype}, as stored", "{:.2e}".format),
         "native_perplexity": ("perplexity of the model", format_number),
         "export_perplexity": ("perplexity of the export", format_number),
         "max_logprob_difference": ("largest difference of top-10 log-probabilities", format_number),

@@ -12,7 +12,7 @@ from weaver.cli.stage_command import SharedOptions, section_command
 from weaver.config.sections import VerifyConfig
 from weaver.errors import WeaverError
 
-FLAGS = ("data", "tokens", "sequence_length", "new_tokens", "max_kl", "dtype")
+FLAGS = ("data", "tokens", "sequence_length", "new_tokens", "max_kl", "runtime", "dtype")
 
 
 @section_command("verify", VerifyConfig, FLAGS, shared=("data_dir",))
@@ -28,7 +28,7 @@ def verify(
         Path | None, typer.Option("--json", help="Also write the result to this file.")
     ] = None,
 ) -> None:
-    """Compare an export with its model, in a process that cannot import weaver."""
+    """Compare an export with its model, in the runtime that it is for."""
     from weaver.artifacts.store import write_json
     from weaver.cli.show_summaries import show_verification
     from weaver.stages.verify import verify as compare
@@ -37,7 +37,7 @@ def verify(
     show_verification(console, str(export), result)
     if json_file is not None:
         write_json(json_file, result.model_dump(mode="json"))
-    if result.kl is not None and result.kl > settings.max_kl:
+    if result.kl > settings.max_kl:
         raise WeaverError(
             f"{export}: KL {result.kl:.3g} to the model it was made from, above {settings.max_kl}",
             why="an exact export computes the same, up to rounding; an approximated one does not",

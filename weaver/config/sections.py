@@ -14,6 +14,7 @@ DATA = (
 )
 DTYPE = "auto (as the dense model), float32, bfloat16 or float16."
 WINDOW = "Tokens per window."
+Runtime = Literal["transformers", "vllm", "llama.cpp"]
 
 
 class Section(BaseModel):
@@ -190,4 +191,7 @@ class VerifyConfig(Section):
     sequence_length: int = Field(512, gt=16, description=WINDOW)
     new_tokens: int = Field(16, gt=0, description="Tokens that both write on from a prompt.")
     max_kl: float = Field(1e-3, gt=0, description="Fail above this KL, nats per token.")
+    runtime: Runtime | None = Field(
+        None, description="transformers, vllm or llama.cpp; llama.cpp for GGUF if left out."
+    )
     dtype: DtypeName = Field("float32", description=DTYPE)

@@ -12,6 +12,10 @@ from torch import Tensor
 from weaver.export.base import ALWAYS, NEVER
 from weaver.models.accounting import LayerShape
 
+# Grouped products of 16-bit matrices want rows of whole 16 bytes (torch's grouped_mm, which
+# transformers calls); what an expert lacks to a multiple of so many neurons is zeros.
+WIDTHS = 8
+
 
 @dataclass(frozen=True)
 class StockExpert:
@@ -64,16 +68,17 @@ def place(shapes: Sequence[LayerShape]) -> Placement:
     """The placement with the fewest neurons per token; of several, the one with most shared.
 
     ``K = max_l (K_l + ceil((S_l - n N)^+ / N))`` for n shared experts, and a token uses
-    ``(n + K) N`` neurons.
+    ``(n + K) N`` neurons. N is the widest expert's, rounded up to a multiple of ``WIDTHS``.
 
     Args:
         shapes: shape of every layer.
     Raises:
         ValueError: no layer has routed experts.
     """
-    width = max(shape.moe_intermediate_size for shape in shapes)
-    if width == 0:
+    widest = max(shape.moe_intermediate_size for shape in shapes)
+    if widest == 0:
         raise ValueError("no layer has routed experts")
+    width = -(-widest // WIDTHS) * WIDTHS
     most = max(1, -(-max(shape.num_shared_neurons for shape in shapes) // width))
 
     def cost(num_shared: int) -> tuple[int, int]:

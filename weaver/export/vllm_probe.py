@@ -25,8 +25,10 @@ def main() -> None:
     windows, prompts = asked["windows"], asked["prompts"]
     longest = max(len(ids) for ids in windows)
     longest = max(longest, *(len(ids) + asked["new_tokens"] for ids in prompts)) + 1
-    llm = vllm.LLM(max_model_len=longest, max_logprobs=asked["top"], **asked["engine"])
-    along = vllm.SamplingParams(max_tokens=1, prompt_logprobs=asked["top"])
+    # Prompts and answers are token ids.
+    engine = {"skip_tokenizer_init": True, **asked["engine"]}
+    llm = vllm.LLM(max_model_len=longest, max_logprobs=asked["top"], **engine)
+    along = vllm.SamplingParams(max_tokens=1, prompt_logprobs=asked["top"], detokenize=False)
     read: Any = llm.generate([{"prompt_token_ids": ids} for ids in windows], along)
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, detokenize=False

@@ -96,6 +96,8 @@ def plan_export(context: StageContext, config: ExportConfig, out: Path | None = 
         dtype = torch.float32
     found = [] if target == OWN else obstacles(target, checkpoint, dtype)
     approximations = check(target, found, approximate=config.approximate)
+    if target == GGUF and approximations:
+        require_extra("xllamacpp", "gguf", "measuring what the approximations of a GGUF file cost")
     folder = out or context.run_dir / f"{STAGE}-{target}"
     return ExportPlan(converted, checkpoint, target, reason, approximations, folder, config, dtype)
 

@@ -17,13 +17,16 @@ from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import MANIFEST, read_manifest
 from weaver.artifacts.store import read_json
 from weaver.artifacts.verification import Verification
-from weaver.config.sections import VerifyConfig
+from weaver.config.sections import Runtime, VerifyConfig
 from weaver.data.packing import read_windows
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, require_extra
+from weaver.evaluation.listed import LISTED, ListedTotals
 from weaver.evaluation.logits import chunked_logits
 from weaver.evaluation.perplexity import chunk_losses
 from weaver.export import llamacpp
 from weaver.export.fresh import FreshModel, fresh_model
+from weaver.export.registry import GGUF, OWN
+from weaver.export.vllm_runtime import require_vllm, run_in_vllm
 from weaver.models.moe import MoEFeedForward
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext
@@ -31,32 +34,34 @@ from weaver.rundir.stage_run import StageContext
 RECORD = "weaver_export.json"
 # Prompts that both models continue, and their length in tokens.
 PROMPTS, PROMPT_TOKENS = 2, 16
-# llama.cpp is asked for the ten most likely tokens behind so many prefixes of a window.
-PREFIXES, TOP = 24, 10
 
 
 def verify(
     context: StageContext, export: Path, config: VerifyConfig, *, finished: bool = True
 ) -> Verification:
-    """Compare an export with the run's converted model, in a process without weaver.
+    """Compare an export with the run's converted model, in the runtime that it is for.
 
     Args:
         context: the run directory that the export was made from.
         export: an exported folder.
-        config: text, number of tokens, dtype.
+        config: text, number of tokens, dtype, runtime.
         finished: require the export's manifest; ``export`` itself measures before it writes one.
 
     Raises:
-        WeaverError: the folder is no export of this run's model, or does not run without weaver.
+        WeaverError: the folder is no export of this run's model, or does not run in the
+            runtime; or the runtime is not installed.
     """
     converted = open_converted(context)
     if finished:
         _check_same_source(export, converted)
     record = read_json(export / RECORD, rebuild=f"weaver export {context.run_dir} --force")
+    runtime = _check_runtime(record["target"], config)
     windows_WT = _windows(context, config, converted)
     native = converted.load(config.dtype)
-    if record["target"] == "gguf":
-        return _verify_gguf(export, native, windows_WT, config)
+    if runtime == "llama.cpp":
+        return _verify_gguf(context, export, native, windows_WT, config)
+    if runtime == "vllm":
+        return _verify_in_vllm(export, record["target"], native, windows_WT, config)
     remote_code = record["target"] == "weaver"
     if remote_code and not (export / "modeling_weaver.py").exists():
         raise WeaverError(
@@ -76,7 +81,23 @@ def verify(
                 _compare(native, fresh, index, ids_T, record.get("experts", []), totals)
                 advance(f"window {index + 1}")
         same = _same_text(native, prompts_PT, fresh.generate(config.new_tokens), config.new_tokens)
-        return totals.result(record["target"], fresh.name, dtype_name(dtype), same)
+        result = totals.result(record["target"], fresh.name, dtype_name(dtype), same)
+    stored = read_json(export / "config.json", rebuild="weaver export RUN --force")["dtype"]
+    if stored == result.dtype:
+        return result
+    # Kernels may refuse shapes in one dtype and take them in another: it has to run in its own.
+    with fresh_model(
+        export,
+        windows_WT[:1],
+        prompts_PT,
+        dtype=DTYPES[stored],
+        router="",
+        remote_code=remote_code,
+    ) as fresh:
+        totals = _Totals()
+        _compare(native, fresh, 0, windows_WT[0], [], totals)
+    kl = float(totals.sums[2] / totals.tokens)
+    return result.model_copy(update={"stored_dtype": stored, "stored_kl": kl})
 
 
 @dataclass
@@ -181,36 +202,97 @@ def _same_text(
 
 
 def _verify_gguf(
-    export: Path, native: PreTrainedModel, windows_WT: Tensor, config: VerifyConfig
+    context: StageContext,
+    export: Path,
+    native: PreTrainedModel,
+    windows_WT: Tensor,
+    config: VerifyConfig,
 ) -> Verification:
-    """Log-probabilities behind prefixes of a window, by llama.cpp and by the native model."""
+    """Log-probabilities behind every prefix of the windows, by llama.cpp and by the model."""
     (file,) = sorted(export.glob("*.gguf"))
-    window_T = windows_WT[0]
-    step = max(1, (window_T.numel() - 1) // PREFIXES)
-    ends = range(step, window_T.numel(), step)
-    prefixes = [window_T[:end].tolist() for end in ends]
-    expected_TV = torch.cat(list(chunked_logits(native, window_T))).log_softmax(-1)
-    differences, hits = [], 0
-    for end, found in zip(ends, llamacpp.top_logprobs(file, prefixes, 2 * TOP), strict=True):
-        top = expected_TV[end - 1].topk(TOP)
-        hits += max(found, key=lambda token: found[token]) == int(top.indices[0])
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        differences += [abs(value - found[token]) for token, value in pairs if token in found]
+    totals = ListedTotals()
+    with context.progress("verify", windows_WT.shape[0]) as advance:
+        for index, window_T in enumerate(windows_WT):
+            prefixes = [window_T[:end].tolist() for end in range(1, window_T.numel())]
+            found = llamacpp.top_logprobs(file, prefixes, LISTED)
+            totals.add(_log_probabilities(native, window_T), found)
+            advance(f"window {index + 1}")
     prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
     texts = [
         [*prompt, *llamacpp.greedy(file, prompt, config.new_tokens)]
         for prompt in prompts_PT.tolist()
     ]
-    return Verification(
-        target="gguf",
-        loaded_as="llama.cpp",
-        dtype=file.stem.removeprefix("model-"),
-        tokens=len(prefixes),
-        top1_agreement=hits / len(prefixes),
-        same_text=_same_text(native, prompts_PT, texts, config.new_tokens),
-        max_logprob_difference=max(differences),
-        mean_logprob_difference=sum(differences) / len(differences),
+    same = _same_text(native, prompts_PT, texts, config.new_tokens)
+    return _listed("gguf", "llama.cpp", file.stem.removeprefix("model-"), totals, same)
+
+
+def _verify_in_vllm(
+    export: Path,
+    target: str,
+    native: PreTrainedModel,
+    windows_WT: Tensor,
+    config: VerifyConfig,
+) -> Verification:
+    """The same by vLLM: with weaver's plug-in for weaver's own type, else without any plug-in."""
+    prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
+    dtype = dtype_name(native.dtype)
+    answers = run_in_vllm(
+        export,
+        windows_WT.tolist(),
+        prompts_PT.tolist(),
+        new_tokens=config.new_tokens,
+        top=LISTED,
+        plugin=target == OWN,
+        engine={"dtype": dtype},
     )
+    totals = ListedTotals()
+    for window_T, found in zip(windows_WT, answers.logprobs, strict=True):
+        totals.add(_log_probabilities(native, window_T), found)
+    pairs = zip(prompts_PT.tolist(), answers.texts, strict=True)
+    texts = [[*prompt, *text] for prompt, text in pairs]
+    same = _same_text(native, prompts_PT, texts, config.new_tokens)
+    return _listed(target, f"vLLM {answers.version}", dtype, totals, same)
+
+
+def _log_probabilities(native: PreTrainedModel, window_T: Tensor) -> Tensor:
+    """Of the tokens behind every prefix of a window, float64, (T - 1, V)."""
+    return torch.cat(list(chunked_logits(native, window_T))).double().log_softmax(-1)[:-1]
+
+
+def _listed(
+    target: str, name: str, dtype: str, totals: ListedTotals, same_text: float
+) -> Verification:
+    return Verification(
+        target=target,
+        loaded_as=name,
+        dtype=dtype,
+        tokens=totals.positions,
+        kl=totals.mean_kl,
+        top1_agreement=totals.top1_agreement,
+        same_text=same_text,
+        max_logprob_difference=max(totals.differences),
+        mean_logprob_difference=totals.mean_difference,
+    )
+
+
+def _check_runtime(target: str, config: VerifyConfig) -> Runtime:
+    """The runtime that is asked for, or the target's own; it is installed and runs the target.
+
+    Raises:
+        WeaverError: it is not, or does not.
+    """
+    runtime: Runtime = config.runtime or ("llama.cpp" if target == GGUF else "transformers")
+    if (runtime == "llama.cpp") != (target == GGUF):
+        raise WeaverError(
+            f"{runtime} does not run a {target} export",
+            why=f"llama.cpp reads {GGUF} files, and nothing else here does",
+            fix="leave --runtime out, or export --to another target",
+        )
+    if runtime == "llama.cpp":
+        require_extra("xllamacpp", "gguf", "a check of a GGUF file")
+    if runtime == "vllm":
+        require_vllm("a check in vLLM")
+    return runtime
 
 
 def _windows(context: StageContext, config: VerifyConfig, converted: ConvertedModel) -> Tensor:
