@@ -41,8 +41,8 @@ EXPORTS: Sequence[tuple[str, str, Sequence[str]]] = (
     ("cmoe", GLM, ("--approximate",)),
     ("weave", OWN, ("--remote-code",)),
     ("weave", GLM, ("--approximate",)),
-    ("weave, stock form", GLM, ()),
-    ("expertweaver, 64 slices", GLM, ()),
+    ("weave, stock form", GLM, ("--approximate",)),
+    ("expertweaver, 64 slices", GLM, ("--approximate",)),
 )
 ANY_KL = ("--max-kl", "100")
 

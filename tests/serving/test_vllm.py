@@ -16,6 +16,7 @@ from tiny_models import random_ids, save_tiny_model
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.evaluation.listed import ListedTotals
+from weaver.export.remote_code import add_remote_code
 from weaver.export.vllm_runtime import run_in_vllm
 from weaver.models.checkpoint import Checkpoint
 
@@ -47,12 +48,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def converted(folder: Path, variant: str) -> Path:
+def converted(folder: Path, variant: str, slope: float = 0.5) -> Path:
     """A model with thresholds that move along a sequence, constants and uneven splits."""
     save_tiny_model(variant, folder / "dense", byte_tokenizer(), **VARIANTS[variant])
     checkpoint = Checkpoint(ModelConfig(path=str(folder / "dense")))
     splits = ((8, 5, 8, 2), (14, 3, 9, 1), (8, 5, 8, 3))
-    moved: dict[str, Any] = {"threshold_slope": 0.5, "early_experts": 3.0, "late_experts": 2.0}
+    moved: dict[str, Any] = {"threshold_slope": slope, "early_experts": 3.0, "late_experts": 2.0}
     conversions = [
         (layout, None if router is None else replace(router, **moved))
         for layout, router in conversions_of(
@@ -86,8 +87,8 @@ def check(folder: Path, **engine: Any) -> None:
         for ids_T, listed in zip(ids, answers.logprobs, strict=True):
             totals.add(native(ids_T[None]).logits[0, :-1].log_softmax(-1), listed)
         for prompt_T, text in zip(prompts, answers.texts, strict=True):
-            kept: Any = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-            written: Any = native.generate(prompt_T[None], **kept)  # type: ignore[operator]
+            native.generation_config.eos_token_id = None
+            written: Any = native.generate(prompt_T[None], max_new_tokens=NEW, do_sample=False)  # type: ignore[operator]
             assert written[0].tolist()[5:] == text
     assert max(totals.differences) < 1e-3
 
@@ -106,6 +107,14 @@ def test_two_ranks_share_the_neurons(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_graphs_take_the_ffn_whole(tmp_path: Path) -> None:
     check(converted(tmp_path, "llama"), enforce_eager=False)
+
+
+@pytest.mark.slow
+def test_the_transformers_backend_runs_remote_code_beside_the_plug_in(tmp_path: Path) -> None:
+    # It shows no sequences, so that thresholds cannot move.
+    folder = converted(tmp_path, "llama", slope=0.0)
+    add_remote_code(folder)
+    check(folder, model_impl="transformers", trust_remote_code=True)
 
 
 @pytest.mark.slow
