@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -189,12 +190,16 @@ def chat(folder: Path, port: int = 8765) -> dict[str, Any]:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
+    # Not through a proxy of the environment.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        for _ in range(120):
+        for _ in range(60):
             try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
+                with direct.open(request, timeout=60) as reply:
                     answer = json.loads(reply.read())
                 return {"answer": answer["choices"][0]["message"]["content"]}
+            except urllib.error.HTTPError as error:
+                raise SystemExit(f"vllm serve: {error.read().decode()}") from error
             except OSError:
                 if server.poll() is not None:
                     break
