@@ -42,10 +42,9 @@ PROMPTS, PROMPT, NEW = 16, 16, 32
 # Candidates further apart than this are not a matter of rounding in float32.
 APART = 0.05
 STOCK = (8, 16, 64)
-ROUNDS, TOKENS, REQUESTS = 3, 64, (1, 4, 16)
 
 
-def compared(model: Path, native: Path, dtype: str, ranks: int, *, plugin: bool) -> dict[str, Any]:
+def compared(model: Path, native: Path, dtype: str, *, plugin: bool) -> dict[str, Any]:
     """Compare a folder in vLLM with one in transformers, both in a dtype.
 
     Returns:
@@ -62,7 +61,7 @@ def compared(model: Path, native: Path, dtype: str, ranks: int, *, plugin: bool)
         new_tokens=NEW,
         top=LISTED,
         plugin=plugin,
-        engine={"dtype": dtype, "tensor_parallel_size": ranks, "enforce_eager": True},
+        engine={"dtype": dtype, "enforce_eager": True},
     )
     reference: Any = AutoModelForCausalLM.from_pretrained(native, dtype=dtype).eval()
     totals, same, parted = ListedTotals(), 0, 0
@@ -127,51 +126,6 @@ def transformers_floor(folder: Path) -> dict[str, Any]:
         "kl": totals.mean_kl,
         "top1": totals.top1_agreement,
     }
-
-
-def throughput(models: dict[str, Path]) -> dict[str, Any]:
-    """Tokens per second of each model at once ``REQUESTS`` requests, models in turn, medians.
-
-    A request has a prompt of ``PROMPT`` tokens and ``TOKENS`` new ones. Each model is a process of
-    its own that waits while the other one runs.
-    """
-    speeds: dict[str, dict[str, list[float]]] = {name: {} for name in models}
-    for _ in range(ROUNDS):
-        for name, folder in models.items():
-            command = [sys.executable, __file__, "--speed", str(folder)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found = json.loads(out.splitlines()[-1])
-            for requests, speed in found.items():
-                speeds[name].setdefault(requests, []).append(speed)
-    return {
-        name: {requests: statistics.median(each) for requests, each in found.items()}
-        for name, found in speeds.items()
-    }
-
-
-def speed(folder: Path) -> dict[str, float]:
-    """Generated tokens per second in this process, by number of requests; the best of three."""
-    import vllm
-
-    windows_WT = read_windows(
-        TEXT,
-        AutoTokenizer.from_pretrained(folder),
-        sequence_length=PROMPT,
-        limit=max(REQUESTS),
-        data_dir=None,
-    )
-    llm = vllm.LLM(str(folder), dtype="bfloat16", max_model_len=512, enable_prefix_caching=False)
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    found = {}
-    for requests in REQUESTS:
-        prompts: Any = [{"prompt_token_ids": ids} for ids in windows_WT[:requests].tolist()]
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            llm.generate(prompts, greedy, use_tqdm=False)
-            seconds.append(time.perf_counter() - begin)
-        found[str(requests)] = requests * TOKENS / min(seconds)
-    return found
 
 
 def chat(folder: Path, port: int = 8765) -> dict[str, Any]:
@@ -248,23 +202,21 @@ def plan(runs: Path, model: Path, demo: Path) -> dict[str, Callable[[], dict[str
     """Every measurement by name."""
     own = demo / "model"
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    dense = partial(compared, model, model, ranks=1, plugin=False)
+    dense = partial(compared, model, model, plugin=False)
     found["dense, bfloat16"] = partial(dense, dtype="bfloat16")
     for dtype in ("float32", "bfloat16"):
-        found[f"weave 25%, {dtype}"] = partial(compared, own, own, dtype, 1, plugin=True)
-    found["weave 25%, float32, 3 ranks"] = partial(compared, own, own, "float32", 3, plugin=True)
+        found[f"weave 25%, {dtype}"] = partial(compared, own, own, dtype, plugin=True)
     for slices in STOCK:
         run = runs / f"stock-{slices}"
         export = run / "export-glm4-moe"
         for dtype in ("float32", "bfloat16"):
             found[f"glm4-moe, {slices} slices, {dtype}"] = partial(
-                compared, export, run / "model", dtype, 1, plugin=False
+                compared, export, run / "model", dtype, plugin=False
             )
     found["floor: dense"] = partial(transformers_floor, model)
     found["floor: weave 25%"] = partial(transformers_floor, own)
     found["pacing"] = partial(pacing, own, model)
     found["chat"] = partial(chat, own)
-    found["throughput"] = partial(throughput, {"dense": model, "weave 25%": own})
     return found
 
 
@@ -304,24 +256,12 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         states = [(name, f"{row['kl']:.4f}", f"{row['experts']:.2f}") for name, row in found]
         titles = ("thresholds", "KL to the dense model", "experts per token and layer")
         text += f"\n## Paced, and without state\n\n{markdown_table(titles, states)}"
-    if "throughput" in results:
-        both = results["throughput"]
-        speeds = []
-        for requests in map(str, REQUESTS):
-            dense, own = both["dense"][requests], both["weave 25%"][requests]
-            speeds.append((requests, f"{dense:.1f}", f"{own:.1f}", f"{own / dense:.2f}x"))
-        names = ("requests at once", "dense, tokens/s", "weave 25%, tokens/s", "ratio")
-        table = markdown_table(names, speeds)
-        text += f"\n## Throughput, bfloat16\n\n{THROUGHPUT}\n\n{table}"
     if "chat" in results:
         answer = results["chat"]["answer"]
         text += f'\n## Over HTTP\n\n`vllm serve`, "What do whales eat?": {answer!r}\n'
     return text
 
 
-THROUGHPUT = f"""Generated tokens per second as vLLM serves by default: prompts of {PROMPT} tokens,
-{TOKENS} new ones each, the best of three in a process, processes of dense and converted in turn,
-medians of {ROUNDS} rounds. A ratio below 1 is slower than dense."""
 INTRODUCTION = """# Serving, checked
 
 Made by `scripts/serve_check.py` (`make serve-check`): vLLM {vllm}, SmolLM2-135M-Instruct,
@@ -343,13 +283,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--only", nargs="*", help="Names of measurements; the others are left.")
-    parser.add_argument("--speed", type=Path, help="Measure one folder; used by this script.")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     register()
-    if arguments.speed is not None:
-        print(json.dumps(speed(arguments.speed)))
-        return
     convert_all(arguments.runs, arguments.demo, arguments.config)
     file = arguments.runs / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}

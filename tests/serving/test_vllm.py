@@ -48,12 +48,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def converted(folder: Path, variant: str, slope: float = 0.5) -> Path:
+def converted(folder: Path, variant: str) -> Path:
     """A model with thresholds that move along a sequence, constants and uneven splits."""
     save_tiny_model(variant, folder / "dense", byte_tokenizer(), **VARIANTS[variant])
     checkpoint = Checkpoint(ModelConfig(path=str(folder / "dense")))
     splits = ((8, 5, 8, 2), (14, 3, 9, 1), (8, 5, 8, 3))
-    moved: dict[str, Any] = {"threshold_slope": slope, "early_experts": 3.0, "late_experts": 2.0}
+    moved: dict[str, Any] = {"threshold_slope": 0.5, "early_experts": 3.0, "late_experts": 2.0}
     conversions = [
         (layout, None if router is None else replace(router, **moved))
         for layout, router in conversions_of(
@@ -111,10 +111,18 @@ def test_graphs_take_the_ffn_whole(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_transformers_backend_runs_remote_code_beside_the_plug_in(tmp_path: Path) -> None:
-    # It shows no sequences, so that thresholds cannot move.
-    folder = converted(tmp_path, "llama", slope=0.0)
+    folder, ids = converted(tmp_path, "llama"), random_ids(2, 20).tolist()
     add_remote_code(folder)
-    check(folder, model_impl="transformers", trust_remote_code=True)
+    engine = {**ENGINE, "model_impl": "transformers", "trust_remote_code": True}
+    beside, alone = (
+        run_in_vllm(folder, ids, ids, new_tokens=NEW, top=50, plugin=plugin, engine=engine)
+        for plugin in (True, False)
+    )
+    assert beside.texts == alone.texts
+    for one, other in zip(beside.logprobs, alone.logprobs, strict=True):
+        for mine, listed in zip(one, other, strict=True):
+            likeliest = max(mine, key=lambda token: mine[token])
+            assert mine[likeliest] == pytest.approx(listed[likeliest], abs=1e-3)
 
 
 @pytest.mark.slow
