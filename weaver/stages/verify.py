@@ -20,20 +20,17 @@ from weaver.artifacts.verification import Verification
 from weaver.config.sections import Runtime, VerifyConfig
 from weaver.data.packing import read_windows
 from weaver.errors import WeaverError, require_extra
-from weaver.evaluation.listed import LISTED, ListedTotals
 from weaver.evaluation.logits import chunked_logits
 from weaver.evaluation.perplexity import chunk_losses
-from weaver.export import llamacpp
 from weaver.export.fresh import FreshModel, fresh_model
-from weaver.export.registry import GGUF, OWN
-from weaver.export.vllm_runtime import require_vllm, run_in_vllm
+from weaver.export.registry import GGUF
+from weaver.export.vllm_runtime import require_vllm
 from weaver.models.moe import MoEFeedForward
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext
+from weaver.stages.verify_listed import prompts_of, same_text, verify_gguf, verify_in_vllm
 
 RECORD = "weaver_export.json"
-# Prompts that both models continue, and their length in tokens.
-PROMPTS, PROMPT_TOKENS = 2, 16
 
 
 def verify(
@@ -59,9 +56,9 @@ def verify(
     windows_WT = _windows(context, config, converted)
     native = converted.load(config.dtype)
     if runtime == "llama.cpp":
-        return _verify_gguf(context, export, native, windows_WT, config)
+        return verify_gguf(context, export, native, windows_WT, config)
     if runtime == "vllm":
-        return _verify_in_vllm(export, record["target"], native, windows_WT, config)
+        return verify_in_vllm(export, record["target"], native, windows_WT, config)
     remote_code = record["target"] == "weaver"
     if remote_code and not (export / "modeling_weaver.py").exists():
         raise WeaverError(
@@ -70,7 +67,7 @@ def verify(
             fix=f"weaver export {context.run_dir} --to weaver --remote-code --force",
         )
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else native.dtype
-    prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
+    prompts_PT = prompts_of(windows_WT)
     router = str(record.get("router_module", ""))
     with fresh_model(
         export, windows_WT, prompts_PT, dtype=dtype, router=router, remote_code=remote_code
@@ -80,7 +77,7 @@ def verify(
             for index, ids_T in enumerate(windows_WT):
                 _compare(native, fresh, index, ids_T, record.get("experts", []), totals)
                 advance(f"window {index + 1}")
-        same = _same_text(native, prompts_PT, fresh.generate(config.new_tokens), config.new_tokens)
+        same = same_text(native, prompts_PT, fresh.generate(config.new_tokens), config.new_tokens)
         result = totals.result(record["target"], fresh.name, dtype_name(dtype), same)
     stored = read_json(export / "config.json", rebuild="weaver export RUN --force")["dtype"]
     if stored == result.dtype:
@@ -183,96 +180,6 @@ def _native_selection(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def _same_text(
-    native: PreTrainedModel, prompts_PT: Tensor, texts: list[list[int]], count: int
-) -> float:
-    """Share of new tokens before the first one that differs, over all prompts."""
-    same = total = 0
-    for prompt_T, text in zip(prompts_PT, texts, strict=True):
-        output: Any = native.generate(prompt_T[None], max_new_tokens=count, do_sample=False)  # type: ignore[operator]
-        expected = output[0].tolist()[prompt_T.numel() :]
-        found = text[prompt_T.numel() :]
-        differs = [a != b for a, b in zip(expected, found, strict=False)]
-        same += differs.index(True) if True in differs else len(differs)
-        total += len(expected)
-    return same / max(total, 1)
-
-
-def _verify_gguf(
-    context: StageContext,
-    export: Path,
-    native: PreTrainedModel,
-    windows_WT: Tensor,
-    config: VerifyConfig,
-) -> Verification:
-    """Log-probabilities behind every prefix of the windows, by llama.cpp and by the model."""
-    (file,) = sorted(export.glob("*.gguf"))
-    totals = ListedTotals()
-    with context.progress("verify", windows_WT.shape[0]) as advance:
-        for index, window_T in enumerate(windows_WT):
-            prefixes = [window_T[:end].tolist() for end in range(1, window_T.numel())]
-            found = llamacpp.top_logprobs(file, prefixes, LISTED)
-            totals.add(_log_probabilities(native, window_T), found)
-            advance(f"window {index + 1}")
-    prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
-    texts = [
-        [*prompt, *llamacpp.greedy(file, prompt, config.new_tokens)]
-        for prompt in prompts_PT.tolist()
-    ]
-    same = _same_text(native, prompts_PT, texts, config.new_tokens)
-    return _listed("gguf", "llama.cpp", file.stem.removeprefix("model-"), totals, same)
-
-
-def _verify_in_vllm(
-    export: Path,
-    target: str,
-    native: PreTrainedModel,
-    windows_WT: Tensor,
-    config: VerifyConfig,
-) -> Verification:
-    """The same by vLLM: with weaver's plug-in for weaver's own type, else without any plug-in."""
-    prompts_PT = windows_WT[:PROMPTS, :PROMPT_TOKENS]
-    dtype = dtype_name(native.dtype)
-    answers = run_in_vllm(
-        export,
-        windows_WT.tolist(),
-        prompts_PT.tolist(),
-        new_tokens=config.new_tokens,
-        top=LISTED,
-        plugin=target == OWN,
-        engine={"dtype": dtype},
-    )
-    totals = ListedTotals()
-    for window_T, found in zip(windows_WT, answers.logprobs, strict=True):
-        totals.add(_log_probabilities(native, window_T), found)
-    pairs = zip(prompts_PT.tolist(), answers.texts, strict=True)
-    texts = [[*prompt, *text] for prompt, text in pairs]
-    same = _same_text(native, prompts_PT, texts, config.new_tokens)
-    return _listed(target, f"vLLM {answers.version}", dtype, totals, same)
-
-
-def _log_probabilities(native: PreTrainedModel, window_T: Tensor) -> Tensor:
-    """Of the tokens behind every prefix of a window, float64, (T - 1, V)."""
-    return torch.cat(list(chunked_logits(native, window_T))).double().log_softmax(-1)[:-1]
-
-
-def _listed(
-    target: str, name: str, dtype: str, totals: ListedTotals, same_text: float
-) -> Verification:
-    return Verification(
-        target=target,
-        loaded_as=name,
-        dtype=dtype,
-        tokens=totals.positions,
-        kl=totals.mean_kl,
-        top1_agreement=totals.top1_agreement,
-        same_text=same_text,
-        max_logprob_difference=max(totals.differences),
-        mean_logprob_difference=totals.mean_difference,
-    )
 
 
 def _check_runtime(target: str, config: VerifyConfig) -> Runtime:
