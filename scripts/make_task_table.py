@@ -24,6 +24,7 @@ from weaver.cli.session import make_context, quiet_libraries
 from weaver.config.sections import ModelConfig
 from weaver.data.sources import find_path
 from weaver.evaluation.bootstrap import paired_bootstrap
+from weaver.evaluation.task_files import read_task
 from weaver.evaluation.tasks import run_task
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.loading import load_model
@@ -78,7 +79,7 @@ def score(
             print(folder.name, file.name, flush=True)
             model = model or load()
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-            result = run_task(model, tokenizer, file, limit=limit)
+            result = run_task(model, tokenizer, read_task(file, limit))
             write_json(path, result.model_dump(mode="json"))
         results.append(TaskResult.model_validate_json(path.read_text()))
     return tuple(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from weaver.errors import WeaverError
-from weaver.evaluation.harness import read_harness_output, run_harness, split_tasks
+from weaver.evaluation.harness import (
+    open_harness,
+    read_harness_output,
+    run_harness,
+    split_tasks,
+)
 
 BuildModel = Callable[..., PreTrainedModel]
 
@@ -28,8 +34,16 @@ OUTPUT: dict[str, Any] = {
         "gsm8k": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2},
         "both": {"acc,none": 0.4, "alias": "both"},
     },
+    "n-shot": {"arc_easy": 0, "gsm8k": 5},
+    "samples": {
+        "arc_easy": [
+            {"doc_id": 1, "filter": "none", "acc": 0.0, "acc_norm": 1.0},
+            {"doc_id": 0, "filter": "none", "acc": 1.0, "acc_norm": 0.0},
+        ],
+        "gsm8k": [{"doc_id": 0, "filter": "strict-match", "exact_match": 0.0}],
+    },
     "n-samples": {
-        "arc_easy": {"original": 2376, "effective": 100},
+        "arc_easy": {"original": 2376, "effective": 2},
         "gsm8k": {"original": 1319, "effective": 50},
     },
     "group_subtasks": {"both": ["arc_easy", "gsm8k"], "arc_easy": []},
@@ -42,6 +56,9 @@ class Harness:
     def __init__(self) -> None:
         self.adapter: dict[str, Any] = {}
         self.call: dict[str, Any] = {}
+        self.loaded: list[str] = []
+        self.include_path: str | None = None
+        self.offline = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         harness = self
@@ -51,8 +68,16 @@ class Harness:
                 harness.adapter = kwargs
 
         class TaskManager:
+            def __init__(self, include_path: str | None = None) -> None:
+                harness.include_path = include_path
+
             def match_tasks(self, names: list[str]) -> list[str]:
                 return [name for name in names if name in OUTPUT["results"]]
+
+            def load(self, names: list[str]) -> None:
+                harness.loaded += names
+                if "gsm8k" in names and harness.offline:
+                    raise ConnectionError("no route to the hub")
 
         def simple_evaluate(**kwargs: Any) -> dict[str, Any]:
             harness.call = kwargs
@@ -68,6 +93,7 @@ class Harness:
             module = ModuleType(name)
             vars(module).update(values)
             monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr("weaver.evaluation.harness._version", lambda: "0.0")
 
 
 def test_names_are_split_by_their_prefix() -> None:
@@ -76,37 +102,60 @@ def test_names_are_split_by_their_prefix() -> None:
 
 
 def test_without_the_extra_the_error_says_what_to_install(
-    build_llama: BuildModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(
         WeaverError, match=r"harness tasks arc_easy: .* cannot be imported"
     ) as error:
-        run_harness(build_llama(), tokenizer, ["arc_easy"])
+        open_harness(["arc_easy"])
     assert error.value.fix == "pip install 'weaver-moe[eval]'"
 
 
 def test_model_tokenizer_tasks_and_limit_are_passed_on(
-    build_llama: BuildModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    build_llama: BuildModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     harness = Harness()
     harness.install(monkeypatch)
     model = build_llama()
-    results = run_harness(model, tokenizer, ("arc_easy", "gsm8k"), limit=100)
+    tasks = open_harness(("arc_easy", "gsm8k"), include_path=tmp_path, shots=5)
+    assert harness.loaded == ["arc_easy", "gsm8k"]
+    assert harness.include_path == str(tmp_path)
+    output = run_harness(model, tokenizer, tasks, limit=100)
     assert harness.adapter["pretrained"] is model
     assert harness.adapter["tokenizer"] is tokenizer
     assert harness.adapter["backend"] == "causal"
     assert harness.call["tasks"] == ["arc_easy", "gsm8k"]
-    assert harness.call["limit"] == 100
-    assert results["harness:arc_easy"].metrics["acc"] == 0.5
+    assert (harness.call["limit"], harness.call["num_fewshot"]) == (100, 5)
+    assert output.scores["harness:arc_easy"].metrics["acc"] == 0.5
+    assert output.raw.keys() == OUTPUT.keys()
 
 
-def test_unknown_tasks_are_named(
-    build_llama: BuildModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+def test_own_task_files_are_part_of_the_digest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Harness().install(monkeypatch)
+    digests = []
+    for words in ("one", "two"):
+        (tmp_path / "own.yaml").write_text(words)
+        digests.append(open_harness(["arc_easy"], include_path=tmp_path).digest)
+    assert digests[0] != digests[1]
+    with pytest.raises(WeaverError, match="no such folder"):
+        open_harness(["arc_easy"], include_path=tmp_path / "nowhere")
+
+
+def test_unknown_tasks_and_missing_data_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    harness.install(monkeypatch)
     with pytest.raises(WeaverError, match="harness tasks arc_hard: not known"):
-        run_harness(build_llama(), tokenizer, ["arc_easy", "arc_hard"])
+        open_harness(["arc_easy", "arc_hard"])
+    harness.offline = True
+    with pytest.raises(WeaverError, match=r"harness task gsm8k: .* cannot load it") as error:
+        open_harness(["arc_easy", "gsm8k"])
+    assert "no route to the hub" in error.value.why
 
 
 def test_the_results_format_is_read() -> None:
@@ -114,9 +163,13 @@ def test_the_results_format_is_read() -> None:
     assert list(results) == ["harness:arc_easy", "harness:gsm8k", "harness:both"]
     arc = results["harness:arc_easy"]
     assert arc.metrics == {"acc": 0.5, "acc_stderr": 0.05, "acc_norm": 0.25}
-    assert (arc.kind, arc.items) == ("harness", 100)
+    assert (arc.kind, arc.items, arc.shots) == ("harness", 2, 0)
+    assert arc.correct == {"acc": (1, 0), "acc_norm": (0, 1)}
+    # One of fifty samples is there: nothing to pair.
+    assert results["harness:gsm8k"].correct == {}
+    assert results["harness:gsm8k"].shots == 5
     assert results["harness:gsm8k"].metrics == {
         "exact_match,strict-match": 0.1,
         "exact_match,flexible-extract": 0.2,
     }
-    assert results["harness:both"].items == 150
+    assert results["harness:both"].items == 52

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from weaver.evaluation.scoring import Score
-from weaver.evaluation.task_files import TaskFile, TaskItem
+from weaver.evaluation.task_files import TaskFile, TaskItem, read_task
 from weaver.evaluation.tasks import run_task, standard_error, summarise
 
 BuildModel = Callable[..., PreTrainedModel]
@@ -98,8 +98,9 @@ def test_a_choice_file_end_to_end(
     ]
     path = tmp_path / "quiz.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    done: list[int] = []
-    result = run_task(model, tokenizer, path, limit=10, on_item=done.append)
+    task = read_task(path, 10)
+    seen: list[tuple[Score, ...]] = []
+    result = run_task(model, tokenizer, task, on_item=seen.append)
     expected, expected_norm = [], []
     for i, row in enumerate(rows[:10]):
         choices = ["one", "twenty two", f"{i}"]
@@ -111,7 +112,12 @@ def test_a_choice_file_end_to_end(
     assert result.items == 10
     assert list(result.correct["acc"]) == expected
     assert list(result.correct["acc_norm"]) == expected_norm
-    assert done == list(range(1, 11))
+    assert len(seen) == 10
+
+    rest: list[tuple[Score, ...]] = []
+    resumed = run_task(model, tokenizer, task, done=seen[:7], on_item=rest.append)
+    assert rest == seen[7:]
+    assert resumed == result
 
 
 def test_a_schema_file_end_to_end(
@@ -129,7 +135,7 @@ def test_a_schema_file_end_to_end(
         for word in ("ran", "slept")
     ]
     expected = [int(first >= second) for first, second in values]
-    assert list(run_task(model, tokenizer, path).correct["acc"]) == expected
+    assert list(run_task(model, tokenizer, read_task(path)).correct["acc"]) == expected
 
 
 def test_a_completion_file_end_to_end(
@@ -139,8 +145,8 @@ def test_a_completion_file_end_to_end(
     path = tmp_path / "l.jsonl"
     pairs = [("once upon a", "time"), ("the end", "is near")]
     path.write_text("\n".join(json.dumps({"context": c, "continuation": t}) for c, t in pairs))
-    result = run_task(model, tokenizer, path)
+    result = run_task(model, tokenizer, read_task(path))
     mean = sum(text_score(model, tokenizer, c, t) for c, t in pairs) / 2
     assert result.metrics["log_likelihood"] == pytest.approx(mean, abs=1e-3)
     assert result.metrics["acc"] == 0.0
-    assert run_task(model, tokenizer, path) == result
+    assert run_task(model, tokenizer, read_task(path)) == result

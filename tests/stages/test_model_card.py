@@ -56,7 +56,9 @@ def test_eval_completes_the_card(tiny_llama: Path, tmp_path: Path) -> None:
         results["kl"], rel=0.01, abs=1e-4
     )
     assert rows["text"] == "builtin:held-out, 126 predicted tokens in windows of 64"
-    assert re.fullmatch(r"[\d.]+% \(dense [\d.]+%\)", rows["quiz, acc_norm"])
+    assert re.fullmatch(
+        r"[\d.]+% ± [\d.]+% \(dense [\d.]+% ± [\d.]+%\)", rows["quiz, acc_norm (n=2)"]
+    )
 
     complete = card.read_text()
     card.write_text("lost")

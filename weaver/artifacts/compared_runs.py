@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weaver.artifacts.results import Record, Share
+from weaver.artifacts.results import Record, Share, TaskScore
 
 
 class Interval(Record):
@@ -19,16 +19,18 @@ class Interval(Record):
 
 
 class ComparedTask(Record):
-    """Accuracy, perplexity or another metric of a task.
+    """A metric of a task.
 
     Args:
-        dense, converted: as shown.
+        score: of this run and of its dense model.
+        from_dense: difference of the hits from the dense model's, paired by item; None for what is
+            no mean of hits.
         difference: of the hits of this run and the first one's, paired by item; None for the first
             run, for what is no mean of hits, and where the items differ.
     """
 
-    dense: str
-    converted: str
+    score: TaskScore
+    from_dense: Interval | None = None
     difference: Interval | None = None
 
 
@@ -46,6 +48,8 @@ class ComparedRun(Record):
         kl_difference: this run's less the first one's, paired by window; None for the first run and
             where text or windows differ.
         perplexity, dense_perplexity: on the same text.
+        nll_increase: negative log-likelihood above the dense model's in nats per token, paired by
+            window; its exponential is the ratio of the perplexities.
         top1_agreement: share of positions where both models put the same token first.
         tasks: by task and metric.
         active_parameters, total_parameters: of the converted model.
@@ -64,6 +68,7 @@ class ComparedRun(Record):
     kl_difference: Interval | None = None
     perplexity: float
     dense_perplexity: float
+    nll_increase: Interval
     top1_agreement: Share
     tasks: dict[str, ComparedTask]
     active_parameters: int

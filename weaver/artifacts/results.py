@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,15 +23,17 @@ class TaskResult(Record):
         name: file name of the task without suffix, or ``harness:NAME``.
         kind: the format the items had, or "harness".
         items: number of items scored.
+        shots: examples before every item.
         metrics: "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "log_likelihood", "perplexity",
-            as far as the kind has them.
+            as far as the kind has them; of the harness whatever it reports.
         correct: per metric that is a mean of hits, the hit (1) or miss (0) of every item in file
-            order, for paired comparisons; empty for the harness.
+            order, for paired comparisons.
     """
 
     name: str
     kind: Literal["multiple-choice", "schema", "completion", "harness"]
     items: int = Field(ge=0)
+    shots: int = Field(0, ge=0)
     metrics: dict[str, float]
     correct: dict[str, tuple[Literal[0, 1], ...]] = {}
 
@@ -40,6 +43,41 @@ class TaskResult(Record):
             if len(hits) != self.items:
                 raise ValueError(f"{self.name}: {metric} has {len(hits)} values, not {self.items}")
         return self
+
+
+class TaskScore(Record):
+    """A metric of a task: of the dense model, of the converted one, and their difference.
+
+    Args:
+        task: the name it was asked by.
+        metric: its name.
+        items, shots: see ``TaskResult``.
+        dense, converted: values; shares of 1 where ``is_share``.
+        dense_error, converted_error: their standard errors; None where there is none.
+        difference_error: standard error of converted less dense, paired by item,
+            ``sqrt(var(d) / n)`` over the differences d of the n hits; None for what is no mean of
+            hits.
+    """
+
+    task: str
+    metric: str
+    items: int
+    shots: int
+    dense: float
+    converted: float
+    dense_error: float | None = None
+    converted_error: float | None = None
+    difference_error: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the task's file, and the metric."""
+        return f"{Path(self.task).stem}, {self.metric}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the values are shares of items."""
+        return self.metric.startswith(("acc", "exact_match"))
 
 
 class LayerUsage(Record):
@@ -127,11 +165,6 @@ class ModelQuality(Record):
     perplexity: float = Field(ge=1.0)
     ffn_flops_per_token: int = Field(ge=0)
     tasks: dict[str, TaskResult] = {}
-
-    @property
-    def task_metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of each task."""
-        return {name: task.metrics for name, task in self.tasks.items()}
 
 
 class RouterScores(Record):

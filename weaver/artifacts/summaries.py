@@ -7,7 +7,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from weaver.artifacts.bench_results import BenchResult
-from weaver.artifacts.results import PositionKl, Record, RouterReport, Share, SmokeResult
+from weaver.artifacts.results import (
+    PositionKl,
+    Record,
+    RouterReport,
+    Share,
+    SmokeResult,
+    TaskScore,
+)
 from weaver.artifacts.types import Selection
 from weaver.artifacts.verification import Verification
 from weaver.errors import WeaverError
@@ -222,7 +229,7 @@ class ExportSummary(Record):
 
 
 class EvalSummary(Record):
-    """Summary of ``eval``: the means of ``EvalResult``, and tasks as label, dense, converted."""
+    """Summary of ``eval``: the means of ``EvalResult``, and the metrics of tasks that are shown."""
 
     dense_perplexity: float
     moe_perplexity: float
@@ -236,7 +243,7 @@ class EvalSummary(Record):
     measured_ffn_flops: int
     active_parameters: int
     total_parameters: int
-    tasks: tuple[tuple[str, str, str], ...]
+    tasks: tuple[TaskScore, ...]
     router: RouterReport | None
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from weaver.cli.stage_command import SharedOptions, StageCall, stage_command
 from weaver.config.sections import EvalConfig
 
-FLAGS = ("data", "sequence_length", "windows", "tasks", "task_limit", "router", "dtype")
+FLAGS = (
+    *("data", "sequence_length", "windows", "tasks", "task_limit", "include_path", "shots"),
+    *("router", "dtype"),
+)
 
 
 @stage_command("eval", EvalConfig, FLAGS, spelled={"tasks": "--task"}, reads_text=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from weaver.report.comparison import HEADERS, comparison_rows
 from weaver.report.tables import console_table, format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ def show_states(console: Console, states: Sequence[StageState]) -> None:
 
 def show_results(console: Console, run_dir: Path, *, finetuned: bool) -> None:
     """Dense against converted, from the results of eval and bench; and where the model lies."""
+    from weaver.report.comparison import HEADERS, comparison_rows
     from weaver.rundir.measurements import read_bench, read_eval
 
     quality = read_eval(run_dir)

@@ -25,6 +25,7 @@ from weaver.artifacts.verification import Verification
 from weaver.cli.show_speeds import show_bench
 from weaver.cli.show_two_level import by_level
 from weaver.report.affinity_table import affinity_experts, affinity_table
+from weaver.report.comparison import score_cells, score_label
 from weaver.report.tables import (
     console_table,
     format_count,
@@ -203,8 +204,10 @@ def _show_eval(console: Console, summary: EvalSummary) -> None:
     )
     parts = (f"{format_number(part.kl)} at {_positions(part)}" for part in summary.kl_by_position)
     console.print(f"  KL {', '.join(parts)}")
-    for label, dense, moe in summary.tasks:
-        console.print(f"  {label}: {dense} -> {moe}", markup=False)
+    if summary.tasks:
+        rows = [(score_label(score), *score_cells(score)) for score in summary.tasks]
+        headers = ("task, metric", "dense", "converted", "difference")
+        console.print(console_table("tasks, ± standard error", headers, rows))
     if summary.router is not None:
         _show_router_report(console, summary.router)
 

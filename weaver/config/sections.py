@@ -139,6 +139,12 @@ class EvalConfig(Section):
         ".txt.bz2, or harness:NAME. May be repeated.",
     )
     task_limit: int | None = Field(500, gt=0, description="Items per task.")
+    include_path: str | None = Field(
+        None, description="Folder with your own task files (YAML) for harness:NAME."
+    )
+    shots: int | None = Field(
+        None, ge=0, description="Examples before every item of harness tasks; default: as the task."
+    )
     router: bool = Field(
         False,
         description="Also report, per layer, how well the router agrees with the choice that knows "

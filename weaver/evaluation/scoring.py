@@ -131,20 +131,32 @@ def takes_packed_mask(model: PreTrainedModel) -> bool:
 
 
 def score_questions(
-    model: PreTrainedModel, questions: Sequence[Sequence[Request]], *, packed: bool | None = None
+    model: PreTrainedModel,
+    questions: Sequence[Sequence[Request]],
+    *,
+    first: int = 0,
+    packed: bool | None = None,
 ) -> Iterator[tuple[Score, ...]]:
     """Score every candidate of every question, in order.
+
+    Questions are grouped in the same way wherever it starts, so that an interrupted run that goes
+    on gets the same bits.
 
     Args:
         model: a causal LM.
         questions: candidates per question.
+        first: number of questions that are not asked for.
         packed: share trunks in one sequence, or one padded row per candidate; None decides by
             ``takes_packed_mask``.
     Yields:
         One score per candidate, question by question.
     """
     packed = takes_packed_mask(model) if packed is None else packed
+    end = 0
     for group in _groups(questions):
+        start, end = end, end + len(group)
+        if end <= first:
+            continue
         candidates = [request for question in group for request in question]
         if packed:
             pack = pack_questions(group)
@@ -153,8 +165,10 @@ def score_questions(
         else:
             hidden_PD, rows = _padded_hidden(model, candidates)
         scores = iter(_scores(model, hidden_PD, rows, candidates))
-        for question in group:
-            yield tuple(next(scores) for _ in question)
+        for number, question in enumerate(group, start=start):
+            found = tuple(next(scores) for _ in question)
+            if number >= first:
+                yield found
 
 
 def pack_questions(questions: Sequence[Sequence[Request]]) -> Pack:

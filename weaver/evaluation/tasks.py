@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,21 +20,21 @@ from weaver.evaluation.scoring import (
     encode_pair,
     score_questions,
 )
-from weaver.evaluation.task_files import TaskFile, TaskItem, TaskKind, read_task
+from weaver.evaluation.task_files import TaskFile, TaskItem, TaskKind
 
-OnItem = Callable[[int], None]
+OnItem = Callable[[tuple[Score, ...]], None]
 Hits = tuple[Literal[0, 1], ...]
 
 
 def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    path: Path,
+    task: TaskFile,
     *,
-    limit: int | None = None,
+    done: Sequence[tuple[Score, ...]] = (),
     on_item: OnItem | None = None,
 ) -> TaskResult:
-    """Score a model on the first ``limit`` items of a task file.
+    """Score a model on the items of a task.
 
     - multiple choice: ``acc`` takes the choice with the highest log-likelihood; ``acc_norm`` the
       highest log-likelihood per character of the choice (its leading space not counted), as
@@ -51,21 +50,17 @@ def run_task(
     Args:
         model: a causal LM, in the dtype it is to be measured in.
         tokenizer: its tokenizer.
-        path: the task file; see ``weaver.evaluation.task_files`` for the formats.
-        limit: number of items; all when None.
-        on_item: called with the number of items done.
-    Raises:
-        ValueError: ``limit`` is not positive.
-        WeaverError: the file is missing, damaged or of an unknown format.
+        task: its items, as ``weaver.evaluation.task_files.read_task`` reads them.
+        done: scores of the first items from an interrupted run, which are taken over.
+        on_item: called with the scores of every other item.
     """
-    task = read_task(path, limit)
     max_length = context_length(model)
     questions = [_requests(tokenizer, item, max_length) for item in task.items]
-    scores: list[tuple[Score, ...]] = []
-    for question_scores in score_questions(model, questions):
+    scores = list(done)
+    for question_scores in score_questions(model, questions, first=len(done)):
         scores.append(question_scores)
         if on_item is not None:
-            on_item(len(scores))
+            on_item(question_scores)
     return summarise(task, scores)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from weaver.artifacts.compared_runs import ComparedRun, Interval
+from weaver.report.comparison import score_cells
 from weaver.report.tables import (
     format_bytes,
     format_count,
@@ -16,7 +18,10 @@ from weaver.report.tables import (
 
 # Marks a difference whose interval excludes 0.
 SIGNIFICANT = "*"
-NOTE = "95% bootstrap intervals, differences paired by window or item; * excludes 0."
+NOTE = (
+    "95% bootstrap intervals, differences paired by window or item, of a task also from its dense "
+    "model; ± standard errors; * excludes 0 (a ratio: 1)."
+)
 
 
 def runs_table(runs: Sequence[ComparedRun]) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -31,10 +36,11 @@ def runs_table(runs: Sequence[ComparedRun]) -> tuple[list[str], list[tuple[str, 
         "perplexity": lambda run: (
             f"{format_number(run.perplexity)} (dense {format_number(run.dense_perplexity)})"
         ),
+        "perplexity over dense's": _ratio,
         "top-1 agreement": lambda run: format_percent(run.top1_agreement),
     }
     for task in _names(run.tasks for run in runs):
-        measures[task] = partial(_score, task)
+        measures[f"{task}, n={_items(runs, task)}"] = partial(_score, task)
         measures[f"  {task}, less the first run's"] = partial(_score_difference, task)
     measures["active parameters"] = lambda run: (
         f"{format_count(run.active_parameters)} of {format_count(run.total_parameters)}"
@@ -45,6 +51,14 @@ def runs_table(runs: Sequence[ComparedRun]) -> tuple[list[str], list[tuple[str, 
     measures["timed on"] = lambda run: run.device or ""
     rows = [(name, *(cell(run) for run in runs)) for name, cell in measures.items()]
     return ["", *(run.run for run in runs)], [row for row in rows if any(row[1:])]
+
+
+def _items(runs: Sequence[ComparedRun], task: str) -> str:
+    """Numbers of items, and of examples before each."""
+    scores = [run.tasks[task].score for run in runs if task in run.tasks]
+    counts = ", ".join(sorted({str(score.items) for score in scores}))
+    shots = {score.shots for score in scores} - {0}
+    return counts + "".join(f", {count}-shot" for count in sorted(shots))
 
 
 def _names(each: Iterable[Iterable[str]]) -> list[str]:
@@ -71,12 +85,24 @@ def _difference(value: Interval | None, form: Callable[[float], str] = format_nu
 
 def _score(task: str, run: ComparedRun) -> str:
     found = run.tasks.get(task)
-    return f"{found.converted} (dense {found.dense})" if found else ""
+    if found is None:
+        return ""
+    dense, converted, difference = score_cells(found.score)
+    if found.from_dense is not None:
+        difference = _difference(found.from_dense, format_percent)
+    return f"{converted} (dense {dense}); {difference}"
 
 
 def _score_difference(task: str, run: ComparedRun) -> str:
     found = run.tasks.get(task)
     return _difference(found.difference, format_percent) if found else ""
+
+
+def _ratio(run: ComparedRun) -> str:
+    """Perplexity over the dense model's, from the paired differences of log-likelihoods."""
+    value = run.nll_increase
+    mean, low, high = (math.exp(each) for each in (value.mean, value.low, value.high))
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})" + (f" {SIGNIFICANT}" if value.excludes_zero else "")
 
 
 def _speedup(phase: str, run: ComparedRun) -> str:

@@ -11,10 +11,11 @@ import torch
 from weaver.artifacts.bench_results import BenchResult
 from weaver.artifacts.compared_runs import ComparedRun, ComparedTask, Interval
 from weaver.artifacts.manifest import MANIFEST, StageManifest
-from weaver.artifacts.results import EvalResult
+from weaver.artifacts.results import EvalResult, ModelQuality, TaskScore
 from weaver.artifacts.summaries import PartitionSummary, read_summary
 from weaver.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
-from weaver.report.comparison import TaskRow, task_rows
+from weaver.evaluation.harness import PREFIX
+from weaver.report.comparison import task_scores
 from weaver.rundir.converted_model import model_folder_of
 from weaver.rundir.measurements import read_bench, read_eval
 from weaver.rundir.stage_folders import STAGE_FOLDERS, finished_stage
@@ -68,6 +69,9 @@ def _compared(run: _Measured, first: _Measured | None) -> ComparedRun:
         kl_difference=_kl_difference(result, first),
         perplexity=result.moe.perplexity,
         dense_perplexity=result.dense.perplexity,
+        nll_increase=_interval(
+            paired_bootstrap(result.windows.moe_nll, result.windows.dense_nll, _generator())
+        ),
         top1_agreement=result.top1_agreement,
         tasks=_tasks(result, first),
         active_parameters=result.active_parameters,
@@ -87,23 +91,34 @@ def _kl_difference(result: EvalResult, first: _Measured | None) -> Interval | No
 
 def _tasks(result: EvalResult, first: _Measured | None) -> dict[str, ComparedTask]:
     return {
-        row.label: ComparedTask(
-            dense=row.dense,
-            converted=row.converted,
-            difference=_hit_difference(row, result, first),
+        score.label: ComparedTask(
+            score=score,
+            from_dense=_paired(*(_hits(each, score) for each in (result.moe, result.dense))),
+            difference=_difference(score, result, first),
         )
-        for row in task_rows(result.dense.task_metrics, result.moe.task_metrics)
+        for score in task_scores(result.dense.tasks, result.moe.tasks)
     }
 
 
-def _hit_difference(row: TaskRow, result: EvalResult, first: _Measured | None) -> Interval | None:
-    """Difference of the hits behind a row; None where they are not of the same items."""
-    if first is None or row.task not in first.result.moe.tasks:
+def _difference(score: TaskScore, result: EvalResult, first: _Measured | None) -> Interval | None:
+    """Difference of the hits behind a score; None where they are not of the same items."""
+    if first is None or score.task not in first.result.moe.tasks:
         return None
-    key, pair = f"task {row.task}", (result, first.result)
-    ours, theirs = (each.moe.tasks[row.task].correct.get(row.metric, ()) for each in pair)
-    # The harness keeps no hits, and its items have no digest.
-    if not ours or len(ours) != len(theirs) or len({each.digests.get(key) for each in pair}) > 1:
+    key = "harness" if score.task.startswith(PREFIX) else f"task {score.task}"
+    if (
+        result.digests.get(key) != first.result.digests.get(key)
+        or result.moe.tasks[score.task].shots != first.result.moe.tasks[score.task].shots
+    ):
+        return None
+    return _paired(*(_hits(each.moe, score) for each in (result, first.result)))
+
+
+def _hits(model: ModelQuality, score: TaskScore) -> Sequence[int]:
+    return model.tasks[score.task].correct.get(score.metric, ())
+
+
+def _paired(ours: Sequence[int], theirs: Sequence[int]) -> Interval | None:
+    if not ours or len(ours) != len(theirs):
         return None
     return _interval(paired_bootstrap(ours, theirs, _generator()))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import (
@@ -27,38 +27,35 @@ from weaver.artifacts.results import (
     TaskResult,
     WindowValues,
 )
-from weaver.artifacts.store import file_digest, values_digest, write_json
+from weaver.artifacts.store import values_digest, write_json
 from weaver.artifacts.summaries import AssembleSummary, EvalSummary, read_summary
 from weaver.config.sections import EvalConfig
 from weaver.conversion.layer_budgets import refuse_experts
 from weaver.data.packing import read_windows
-from weaver.data.sources import find_path
 from weaver.evaluation.fidelity import KeptInputs, keep_inputs
-from weaver.evaluation.harness import run_harness
 from weaver.evaluation.perplexity import Comparison, compare
 from weaver.evaluation.positions import kl_by_position
-from weaver.evaluation.tasks import run_task
 from weaver.evaluation.usage import count_usage
 from weaver.models.accounting import ModelAccount
 from weaver.models.ffns import site_prefix
-from weaver.report.comparison import task_rows
+from weaver.report.comparison import task_scores
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.measurements import RESULTS, read_eval
 from weaver.rundir.stage_folders import stage_command
 from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.eval_tasks import EvalTasks, open_tasks, run_tasks
 from weaver.stages.model_card import write_card
 from weaver.stages.router_report import held_out_positions, open_report, router_report
 
 STAGE = "eval"
-HARNESS = "harness:"
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Inputs of an evaluation: windows of text, task files by requested name, and their digests."""
+    """Inputs of an evaluation: windows of text, tasks, and their digests."""
 
     windows_WT: Tensor
-    task_files: dict[str, Path]
+    tasks: EvalTasks
     refs: dict[str, InputRef]
 
 
@@ -85,7 +82,7 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
-        config=config.model_dump(mode="json"),
+        config=_recorded(config),
         inputs={
             converted.stage: converted.ref,
             **(report_inputs.refs() if report_inputs else {}),
@@ -115,7 +112,9 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
         )
     report = router_report(context, report_inputs, kept) if report_inputs else None
     tasks = {
-        name: _run_tasks(context, config, model, tokenizer, files=inputs.task_files, label=name)
+        name: run_tasks(
+            context, config, model, tokenizer, inputs.tasks, folder=run.folder, label=name
+        )
         for name, model in (("dense", dense), ("moe", moe))
     }
     account, used = converted.account(), usage.summary()
@@ -127,6 +126,13 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
     manifest = run.finish(_summary(result))
     _complete_card(converted, context)
     return manifest
+
+
+def _recorded(config: EvalConfig) -> dict[str, Any]:
+    """The configuration; settings of the harness only where they are given."""
+    values = config.model_dump(mode="json")
+    unset = [name for name in ("include_path", "shots") if values[name] is None]
+    return {name: value for name, value in values.items() if name not in unset}
 
 
 def measured_quality(context: StageContext, converted: ConvertedModel) -> EvalResult | None:
@@ -161,43 +167,10 @@ def _read_inputs(
         limit=config.windows,
         data_dir=context.data_dir,
     )
-    files = {
-        name: find_path(name, context.data_dir)
-        for name in config.tasks
-        if not name.startswith(HARNESS)
-    }
+    tasks = open_tasks(context, config)
     ids = values_digest({"windows_WT": windows_WT})
-    refs = {"data": InputRef(path=", ".join(config.data), digest=ids)}
-    refs |= {
-        f"task {name}": InputRef(path=str(path), digest=file_digest(path))
-        for name, path in files.items()
-    }
-    return _Inputs(windows_WT, files, refs)
-
-
-def _run_tasks(
-    context: StageContext,
-    config: EvalConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    files: dict[str, Path],
-    label: str,
-) -> dict[str, TaskResult]:
-    results: dict[str, TaskResult] = {}
-    for name, path in files.items():
-        with context.progress(f"{label} {path.stem}", config.task_limit or 0) as advance:
-            results[name] = run_task(
-                model,
-                tokenizer,
-                path,
-                limit=config.task_limit,
-                on_item=lambda n, advance=advance: advance(f"item {n}"),  # type: ignore[misc]
-            )
-    harness = [name.removeprefix(HARNESS) for name in config.tasks if name.startswith(HARNESS)]
-    if harness:
-        results |= run_harness(model, tokenizer, harness, limit=config.task_limit)
-    return results
+    data = InputRef(path=", ".join(config.data), digest=ids)
+    return _Inputs(windows_WT, tasks, {"data": data, **tasks.refs})
 
 
 def _measured_flops(
@@ -290,8 +263,6 @@ def _summary(result: EvalResult) -> EvalSummary:
         measured_ffn_flops=result.measured_ffn_flops_per_token,
         active_parameters=result.active_parameters,
         total_parameters=result.total_parameters,
-        tasks=tuple(
-            row.cells for row in task_rows(result.dense.task_metrics, result.moe.task_metrics)
-        ),
+        tasks=task_scores(result.dense.tasks, result.moe.tasks),
         router=result.router,
     )

@@ -14,7 +14,7 @@ from weaver.artifacts.results import EvalResult
 from weaver.artifacts.store import write_text
 from weaver.methods.registry import get_method
 from weaver.models.accounting import DenseFfnSize, LayerShape, ModelAccount
-from weaver.report.comparison import task_rows
+from weaver.report.comparison import score_cells, score_label, task_scores
 from weaver.report.model_card import LayerFacts, ModelCardFacts, model_card
 from weaver.report.tables import format_number, format_percent
 
@@ -109,8 +109,9 @@ def _measured(result: EvalResult) -> dict[str, str]:
         "top-1 agreement": format_percent(result.top1_agreement),
         "FFN FLOPs, measured, of the dense model's": format_percent(flops),
     }
-    for row in task_rows(dense.task_metrics, moe.task_metrics):
-        rows[row.label] = f"{row.converted} (dense {row.dense})"
+    for score in task_scores(dense.tasks, moe.tasks):
+        before, after, _ = score_cells(score)
+        rows[score_label(score)] = f"{after} (dense {before})"
     return rows
 
 
