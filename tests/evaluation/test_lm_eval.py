@@ -54,7 +54,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "multiple-choice": lambda: {
             "query": text(20) + "?",
-            "choices": [text(6) for _ in range(4)],
+            "choices": [f"{text(5)} {letter}" for letter in "abcd"],
             "gold": draw.randrange(4),
         },
         "schema": lambda: {
