@@ -221,6 +221,14 @@ class RouterReport(Record):
     layers: tuple[LayerRouterScores, ...] = Field(min_length=1)
 
 
+class ContinuedText(Record):
+    """A prompt, and what both models write after it by greedy decoding."""
+
+    prompt: str
+    dense: str
+    converted: str
+
+
 class SmokeResult(Record):
     """Result of the smoke test at the end of ``assemble``; ``smoke_test`` in its summary.
 
@@ -231,6 +239,7 @@ class SmokeResult(Record):
             is NaN or infinite.
         repetition, dense_repetition: share of the 4-grams of greedy continuations that occurred
             before in the same one, mean over the prompts.
+        texts: the continuations themselves.
         degenerate: what is wrong, a sentence each; empty if nothing is.
     """
 
@@ -240,6 +249,7 @@ class SmokeResult(Record):
     dense_not_finite: int = Field(ge=0)
     repetition: Share
     dense_repetition: Share
+    texts: tuple[ContinuedText, ...] = ()
     degenerate: tuple[str, ...]
 
 

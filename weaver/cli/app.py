@@ -27,6 +27,7 @@ from weaver.cli import (
     pareto,
     partition,
     push,
+    report,
     run,
     verify,
 )
@@ -135,6 +136,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "export": export.export,
         "verify": verify.verify,
         "compare": compare.compare,
+        "report": report.report,
         "inspect": inspect.inspect,
         "push": push.push,
     },

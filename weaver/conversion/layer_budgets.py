@@ -169,6 +169,7 @@ def _divided(
         "active_neurons": [slices.active(count) for count in chosen],
         "predicted_kl": sum(c.at(n) for c, n in zip(curves, chosen, strict=True)),
         "uniform_kl": sum(c.at(equal) for c in curves),
+        "layer_kl": [c.at(n) for c, n in zip(curves, chosen, strict=True)],
         "num_slices": slices.count,
         "trials": [list(curve.slices) for curve in curves],
         "kl": [list(curve.kl) for curve in curves],

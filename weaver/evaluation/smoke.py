@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from weaver.artifacts.results import SmokeResult
+from weaver.artifacts.results import ContinuedText, SmokeResult
 from weaver.data.packing import windows
 from weaver.data.sources import Document, read_documents
 from weaver.evaluation.generation import NGRAM, Decoding, generate_ids, repetition
@@ -72,7 +72,12 @@ def answer(model: PreTrainedModel, windows_WT: Tensor) -> Answers:
     return Answers(tuple(_log_probabilities(model, windows_WT)), _continuations(model, windows_WT))
 
 
-def smoke_result(dense: Answers, converted: PreTrainedModel, windows_WT: Tensor) -> SmokeResult:
+def smoke_result(
+    dense: Answers,
+    converted: PreTrainedModel,
+    windows_WT: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> SmokeResult:
     """The converted model beside what the dense one answered, and whether it is degenerate.
 
     KL is the mean of ``token_kl`` over all positions; repetition that of ``repetition`` over the
@@ -82,6 +87,7 @@ def smoke_result(dense: Answers, converted: PreTrainedModel, windows_WT: Tensor)
         dense: the dense model's answers to the same windows.
         converted: the converted model, with the same vocabulary.
         windows_WT: the text, int64, (W, T).
+        tokenizer: of both, which turns what they write into text.
 
     Returns:
         The values; KL is None if a logit of either model is not finite.
@@ -95,7 +101,8 @@ def smoke_result(dense: Answers, converted: PreTrainedModel, windows_WT: Tensor)
         bad += _not_finite(ours_NV)
         total += float(token_kl(theirs_NV, ours_NV).double().sum())
     kl = None if bad or dense_bad else round(max(total / tokens, 0.0), 4)
-    ours = _mean_repetition(_continuations(converted, windows_WT))
+    written = _continuations(converted, windows_WT)
+    ours = _mean_repetition(written)
     theirs = _mean_repetition(dense.continuations)
     return SmokeResult(
         tokens=tokens,
@@ -104,6 +111,16 @@ def smoke_result(dense: Answers, converted: PreTrainedModel, windows_WT: Tensor)
         dense_not_finite=dense_bad,
         repetition=ours,
         dense_repetition=theirs,
+        texts=tuple(
+            ContinuedText(
+                prompt=tokenizer.decode(prompt_T[:PROMPT_TOKENS]),
+                dense=tokenizer.decode(before),
+                converted=tokenizer.decode(after),
+            )
+            for prompt_T, before, after in zip(
+                windows_WT[:PROMPTS], dense.continuations, written, strict=True
+            )
+        ),
         degenerate=(
             *_finite_problems("dense", dense_bad, tokens),
             *_finite_problems("converted", bad, tokens),

@@ -55,7 +55,7 @@ def smoke_test(
         answers = answer(model, windows_WT)
         del model
         advance("dense")
-        result = smoke_result(answers, load_model(folder, dtype), windows_WT)
+        result = smoke_result(answers, load_model(folder, dtype), windows_WT, tokenizer)
         advance("converted")
     return result
 
