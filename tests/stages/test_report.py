@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import shutil
@@ -10,20 +11,23 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.image import imread
 from tiny_runs import run_config, run_stages
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from weaver.artifacts.store import read_record
 from weaver.artifacts.types import LayerProfile
 from weaver.cli.app import app
 from weaver.report.drawing import Axes, Curve, curves
+from weaver.report.layer_view import sparkline
 from weaver.report.page import report_page, sections
 from weaver.report.pictures import quality_pictures
 from weaver.report.run_facts import RunFacts
+from weaver.report.tables import format_percent
 from weaver.rundir.inputs import open_calibration
 from weaver.stages.report import RATE_EDGES, neuron_facts, read_runs
 
@@ -36,7 +40,7 @@ CHROMIUM = next(
 def run_dirs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A routed run with everything measured, a static one that was trained, one by groups."""
     folder = tmp_path_factory.mktemp("report")
-    sections_of = {
+    sections_of: dict[str, dict[str, Any]] = {
         "weave": {
             "partition": {"method": "weave", "allocation": "fisher"},
             "assemble": {"smoke_test": True},
@@ -240,3 +244,32 @@ def test_in_a_browser(html: str, tmp_path: Path) -> None:
     assert light.mean() > 0.7
     assert dark.mean() < 0.3
     assert min(light.std(), dark.std()) > 0.05
+
+
+def test_a_layer_among_the_others(run_dirs: list[Path], runs: list[RunFacts]) -> None:
+    def inspect(*words: str | int | Path) -> Result:
+        return CliRunner().invoke(app, ["inspect", *map(str, words)])
+
+    plain = inspect(run_dirs[0], "--layer", 2)
+    assert plain.exit_code == 0, plain.output
+    weave = runs[0]
+    captured = [row.captured_contribution for row in weave.routers.layers]
+    row = next(line for line in plain.output.splitlines() if "captured" in line)
+    assert format_percent(captured[2]) in row
+    assert f"{sorted(captured, reverse=True).index(captured[2]) + 1} of 4" in row
+    assert "│" in row.split("of 4")[1]
+    for name in ("predicted KL", "experts per token", "activation rate", "oracle"):
+        assert name in plain.output
+    found = json.loads(inspect(run_dirs[0], "--layer", 2, "--json").stdout)
+    usage = found["spreads"]["token share of each expert, eval"]
+    assert usage == pytest.approx(weave.quality.expert_usage[2].token_share)
+    assert sum(next(v for k, v in found["spreads"].items() if "rate" in k)) == 64
+    assert "static" in inspect(run_dirs[1], "--layer", 0).output
+    assert "layers 0 to 3" in inspect(run_dirs[0], "--layer", 4).stderr
+
+
+def test_sparklines_by_hand() -> None:
+    assert sparkline([0, 1, 2, 7]) == "▁▂▃█"
+    assert sparkline([5, 6, 12]) == "▁▂█"
+    assert sparkline([6, 7], low=0.0) == "▇█"
+    assert sparkline([0, 0]) == "▁▁"

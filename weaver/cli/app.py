@@ -29,6 +29,7 @@ from weaver.cli import (
     push,
     report,
     run,
+    sweep,
     verify,
 )
 from weaver.cli.session import is_follower
@@ -130,7 +131,11 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "eval": evaluate.evaluate,
         "bench": bench.bench,
     },
-    "From start to end": {"convert": convert.convert, "run": run.run},
+    "From start to end": {
+        "convert": convert.convert,
+        "run": run.run,
+        "sweep": sweep.sweep,
+    },
     "Converted models": {
         "generate": generate.generate,
         "export": export.export,

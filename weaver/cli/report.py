@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from weaver.cli.session import console
+from weaver.errors import require_extra
 
 
 def report(
@@ -17,6 +18,7 @@ def report(
     ] = Path("report.html"),
 ) -> None:
     """Write one HTML page with numbers and pictures of evaluated runs, which works offline."""
+    require_extra("matplotlib", "report", "report")
     from weaver.artifacts.store import write_text
     from weaver.report.page import report_page
     from weaver.stages.report import read_runs

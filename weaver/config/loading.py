@@ -58,7 +58,7 @@ def load_run_config(
         WeaverError: the file is missing or not YAML, an override has no ``=``, or a value is not
             what the section allows.
     """
-    raw = merge_sections(_read_yaml(path, overrides), values or {})
+    raw = merge_sections(read_yaml(path, overrides), values or {})
     if seed is not None:
         raw["seed"] = seed
     return parse_config(RunConfig, raw, source=str(path or "flags"))
@@ -88,7 +88,7 @@ def load_model_section(
     Raises:
         WeaverError: as ``load_section``; no model is named.
     """
-    section = _read_yaml(path, overrides).get("model") or {}
+    section = read_yaml(path, overrides).get("model") or {}
     if flags["path"] is None and isinstance(section, dict) and "path" not in section:
         raise WeaverError(
             "no model is named",
@@ -117,7 +117,7 @@ def load_section(
     Raises:
         WeaverError: as ``load_run_config``.
     """
-    file = _read_yaml(path, overrides)
+    file = read_yaml(path, overrides)
     _check_sections(file, path)
     raw = file.get(name) or {}
     if not isinstance(raw, dict):
@@ -136,7 +136,7 @@ def load_seed(path: Path | None, overrides: Sequence[str], flag: int | None) -> 
     Raises:
         WeaverError: it is not a whole number.
     """
-    seed = _read_yaml(path, overrides).get("seed", 0) if flag is None else flag
+    seed = read_yaml(path, overrides).get("seed", 0) if flag is None else flag
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise WeaverError(
             f"seed {seed!r} is not a whole number",
@@ -146,7 +146,8 @@ def load_seed(path: Path | None, overrides: Sequence[str], flag: int | None) -> 
     return seed
 
 
-def _read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+def read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, under overrides; see ``load_run_config``."""
     raw: Any = {}
     if path is not None:
         if not path.is_file():

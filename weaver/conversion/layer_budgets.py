@@ -84,6 +84,19 @@ def allocate(context: StageContext, folder: Path, splitter: LayerSplitter) -> Bu
     return Budget(found["active_neurons"], found["predicted_kl"], found["uniform_kl"])
 
 
+def predicted_layer_kl(folder: Path) -> tuple[float, ...] | None:
+    """The KL that each layer was predicted to cause; None unless the allocation was ``fisher``.
+
+    Args:
+        folder: of the partition stage.
+    """
+    path = folder / BUDGET_FILE
+    if not path.exists():
+        return None
+    values = read_json(path, rebuild="weaver partition --force").get("layer_kl")
+    return None if values is None else tuple(values)
+
+
 def refuse_experts(checkpoint: Checkpoint, what: str, fix: str) -> None:
     """Refuse what compares the layers of a dense model with each other.
 

@@ -114,8 +114,8 @@ def smoke_result(
         texts=tuple(
             ContinuedText(
                 prompt=tokenizer.decode(prompt_T[:PROMPT_TOKENS]),
-                dense=tokenizer.decode(before),
-                converted=tokenizer.decode(after),
+                dense=tokenizer.decode(list(before)),
+                converted=tokenizer.decode(list(after)),
             )
             for prompt_T, before, after in zip(
                 windows_WT[:PROMPTS], dense.continuations, written, strict=True

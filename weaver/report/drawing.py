@@ -281,8 +281,10 @@ def _figure(title: str, height: float = HEIGHT) -> Iterator[tuple[Any, Any, list
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
+        # A name may hold a dollar sign.
+        "text.parse_math": False,
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
         # Names of clip paths would else be random, and collide between pictures of one page.
         "svg.hashsalt": title,

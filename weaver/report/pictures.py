@@ -281,7 +281,6 @@ def neuron_pictures(facts: Sequence[NeuronFacts]) -> list[Picture]:
     labels = [f"calibration {each.digest[:8]}" for each in facts]
     edges = facts[0].histogram[0]
     middles = [edges[1] / 2, *(math.sqrt(a * b) for a, b in pairwise(edges[1:]))]
-    tokens = facts[0].top_k
     rates = {
         label: Curve(
             [(math.log2(x), 100 * y) for x, y in zip(middles, each.histogram[1], strict=True)]
@@ -292,8 +291,8 @@ def neuron_pictures(facts: Sequence[NeuronFacts]) -> list[Picture]:
         curves(
             "Activation rates of the neurons",
             Axes("log2 of the share of tokens that mark the neuron", "neurons (%)"),
-            f"Each token marks its {tokens} most active neurons; neurons on the right are marked "
-            "by nearly every token, which is why some are shared and the others routed.",
+            f"Each token marks its {facts[0].top_k} most active neurons; those on the right are "
+            "marked by nearly every token, which is why some are shared and the others routed.",
             rates,
             marks=True,
         ),
@@ -326,25 +325,28 @@ def neuron_pictures(facts: Sequence[NeuronFacts]) -> list[Picture]:
 
 def stability_pictures(runs: Runs) -> list[Picture]:
     """Two splits from halves of the calibration text, where ``eval --router`` has compared them."""
-    found = []
-    for title, field, reading in (
-        ("Stability of the experts", "expert_jaccard", "routed experts"),
-        ("Stability of the shared neurons", "shared_jaccard", "shared or kept neurons"),
-    ):
-        found.append(
-            _by_layer(
-                title,
-                Axes(LAYER, "overlap (Jaccard index)", y_range=(0.0, 1.0)),
-                f"The {reading} of two splits, each from half of the calibration text: 1 means "
-                "that the same neurons went together.",
-                runs,
-                lambda run, field=field: [
-                    (row.layer, getattr(row, field))
-                    for row in (run.quality.router.layers if run.quality.router else ())
-                    if getattr(row, field) is not None
-                ],
-            )
+
+    def overlap(field: str) -> Callable[[RunFacts], Sequence[Point]]:
+        return lambda run: [
+            (row.layer, getattr(row, field))
+            for row in (run.quality.router.layers if run.quality.router else ())
+            if getattr(row, field) is not None
+        ]
+
+    found = [
+        _by_layer(
+            title,
+            Axes(LAYER, "overlap (Jaccard index)", y_range=(0.0, 1.0)),
+            f"The {what} of two splits, each from half of the calibration text: 1 means that the "
+            "same neurons went together.",
+            runs,
+            overlap(field),
         )
+        for title, field, what in (
+            ("Stability of the experts", "expert_jaccard", "routed experts"),
+            ("Stability of the shared neurons", "shared_jaccard", "shared or kept neurons"),
+        )
+    ]
     return [picture for picture in found if picture is not None]
 
 

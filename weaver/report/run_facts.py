@@ -23,7 +23,6 @@ class NeuronFacts:
 
     Args:
         digest: of the calibration, which runs may share.
-        tokens: calibration tokens.
         top_k: neurons that every token marks as its most active ones.
         histogram: edges of activation rates and, between two of them, the share of the neurons of
             all layers; a neuron's rate is the share of tokens that mark it.
@@ -34,7 +33,6 @@ class NeuronFacts:
     """
 
     digest: str
-    tokens: int
     top_k: int
     histogram: tuple[tuple[float, ...], tuple[float, ...]]
     rate_variation: tuple[float, ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 from weaver.artifacts.affinity import Affinity
 from weaver.artifacts.compared_runs import ComparedRun
 from weaver.artifacts.manifest import MANIFEST, StageManifest, read_manifest
-from weaver.artifacts.store import read_json, read_record
+from weaver.artifacts.store import read_record
 from weaver.artifacts.summaries import (
     AssembleSummary,
     FinetuneSummary,
@@ -20,7 +20,7 @@ from weaver.artifacts.summaries import (
     RouterSummary,
     read_summary,
 )
-from weaver.conversion.layer_budgets import BUDGET_FILE
+from weaver.conversion.layer_budgets import predicted_layer_kl
 from weaver.conversion.profiling import kept_positions
 from weaver.errors import WeaverError
 from weaver.kernels.reference import ExpertChoice, route
@@ -96,8 +96,6 @@ def _read(
             calibrations |= {} if found is None else {key: found}
         neurons = calibrations.get(key)
         domains = attempt("usage by domain", lambda: domain_usage(partition, run_dir / "router"))
-    budget = run_dir / "partition" / BUDGET_FILE
-    values = read_json(budget, rebuild="weaver partition --force") if budget.exists() else {}
     tuned = manifests.get("finetune")
     split, routers, assembled = (
         _finished(run_dir, stage) for stage in ("partition", "build-router", "assemble")
@@ -112,7 +110,7 @@ def _read(
         routers=read_summary(RouterSummary, routers.summary),
         assembled=read_summary(AssembleSummary, assembled.summary),
         finetuned=read_summary(FinetuneSummary, tuned.summary) if tuned else None,
-        predicted_kl=tuple(values["layer_kl"]) if "layer_kl" in values else None,
+        predicted_kl=predicted_layer_kl(run_dir / "partition"),
         neurons=neurons,
         domains=domains,
         affinity=_affinity(run_dir / "partition"),
@@ -129,32 +127,42 @@ def _affinity(folder: Path) -> Affinity | None:
     return read_record(path, Affinity) if path.exists() else None
 
 
+def activation_rates(calibration: Calibration, layer: int) -> Tensor:
+    """Share of tokens among whose ``activation_top_k`` most active neurons each is, (F,).
+
+    Source: CMoE, arXiv:2502.04416, activation rates.
+    """
+    profile = calibration.profile(layer)
+    neurons = profile.hidden_mean_F.numel()
+    counts_F = torch.bincount(profile.marker_neurons_TA.flatten().long(), minlength=neurons)
+    return counts_F.float() / profile.tokens
+
+
+def rate_counts(rate_F: Tensor) -> Tensor:
+    """Number of neurons between two of ``RATE_EDGES``; a rate of 1 belongs to the last bin."""
+    bins = len(RATE_EDGES) - 1
+    bin_F = torch.bucketize(rate_F, torch.tensor(RATE_EDGES), right=True).clamp(1, bins) - 1
+    return torch.bincount(bin_F, minlength=bins)
+
+
 def neuron_facts(calibration: Calibration) -> NeuronFacts:
     """Activation rates and their variation over all layers of a calibration.
 
-    The rate of neuron j is the share of tokens among whose ``activation_top_k`` most active neurons
-    it is, as CMoE counts it; specialised are neurons with a coefficient of variation above tau, as
-    ExpertWeaver counts them.
+    Specialised are neurons with a coefficient of variation above tau, as ExpertWeaver counts them.
     """
     options = ExpertWeaverOptions()
-    edges = torch.tensor(RATE_EDGES)
-    counts = torch.zeros(len(edges) - 1)
+    counts = torch.zeros(len(RATE_EDGES) - 1)
     variation, specialised = [], []
     for layer in range(calibration.summary.num_layers):
-        profile = calibration.profile(layer)
-        neurons = profile.hidden_mean_F.numel()
-        rate_F = torch.bincount(profile.marker_neurons_TA.flatten().long(), minlength=neurons)
-        rate_F = rate_F.float() / profile.tokens
-        # A rate of 1 belongs to the last bin.
-        bins_F = torch.bucketize(rate_F, edges, right=True).clamp(1, len(counts)) - 1
-        counts += torch.bincount(bins_F, minlength=len(counts))
+        rate_F = activation_rates(calibration, layer)
+        counts += rate_counts(rate_F)
         variation.append(float(rate_F.std(correction=0) / rate_F.mean()))
+        profile = calibration.profile(layer)
         if profile.sample_tokens_M.numel() > 1:
             gate_F = coefficient_of_variation(profile, options.eps)
             specialised.append(float((gate_F > options.tau).float().mean()))
     return NeuronFacts(
         digest=calibration.ref.digest,
-        tokens=calibration.summary.tokens,
         top_k=calibration.config.activation_top_k,
         histogram=(RATE_EDGES, tuple((counts / counts.sum()).tolist())),
         rate_variation=tuple(variation),
