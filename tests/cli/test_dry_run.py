@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ from tiny_runs import file_times, run_config, run_stages, run_values, write_conf
 from typer.testing import CliRunner
 
 from weaver.cli.app import app
+from weaver.config.loading import load_run_config
 from weaver.config.sections import ModelConfig
 from weaver.models.checkpoint import Checkpoint
-from weaver.stages.estimate import estimate
+from weaver.stages.estimate import PROCESS_BYTES, estimate
 
 
 @pytest.fixture
@@ -55,6 +58,21 @@ def test_a_fresh_directory_would_run_everything_and_is_not_made(
     assert "estimate:" in output
     assert file_times(tmp_path) == before
     assert not run_dir.parent.exists()
+
+
+def test_what_is_not_free_is_named(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "warning:" not in _dry_run(config, tmp_path / "run")[1]
+    needs = estimate(load_run_config(config), Checkpoint(load_run_config(config).model))
+    free = PROCESS_BYTES + (needs.memory + needs.eval_memory) // 2
+    monkeypatch.setattr("weaver.stages.estimate.available_memory", lambda: free)
+    _, output = _dry_run(config, tmp_path / "run")
+    large = "layer by layer" if needs.memory > needs.eval_memory else "for eval and bench"
+    assert re.findall("warning: memory (.*?):", output) == [large]
+    usage = shutil.disk_usage(tmp_path)._replace(free=needs.profile_disk)
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: usage)
+    assert "warning: disk:" in _dry_run(config, tmp_path / "run")[1]
 
 
 def test_a_half_finished_run_would_be_resumed(config: Path, half_finished: Path) -> None:

@@ -46,7 +46,7 @@ def run(
     if dry_run:
         from weaver.stages.pipeline import plan_pipeline
 
-        _show_dry_run(settings, plan_pipeline(context, calls), output)
+        _show_dry_run(settings, plan_pipeline(context, calls), output, run_dir)
         return
     run_pipeline(
         context,
@@ -58,14 +58,18 @@ def run(
         show_results(console, run_dir, finetuned=settings.finetune is not None)
 
 
-def _show_dry_run(settings: RunConfig, plan: list[PlannedStage], output: Output) -> None:
+def _show_dry_run(
+    settings: RunConfig, plan: list[PlannedStage], output: Output, run_dir: Path
+) -> None:
     from weaver.models.checkpoint import Checkpoint
-    from weaver.stages.estimate import estimate
+    from weaver.stages.estimate import estimate, shortages
 
     needs = estimate(settings, Checkpoint(settings.model))
+    lacking = shortages(needs, run_dir)
     if output.as_json:
-        print(json.dumps({"stages": list(map(asdict, plan)), "estimate": asdict(needs)}, indent=2))
+        values = {"stages": list(map(asdict, plan)), "estimate": asdict(needs)}
+        print(json.dumps({**values, "shortages": lacking}, indent=2))
     else:
-        show_plan(console, plan, needs)
+        show_plan(console, plan, needs, lacking)
     if any(stage.status == "refuse" for stage in plan):
         raise typer.Exit(1)

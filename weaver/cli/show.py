@@ -29,8 +29,10 @@ def show_manifest(console: Console, stage: str, manifest: StageManifest, folder:
     show_summary(console, stage, manifest.summary)
 
 
-def show_plan(console: Console, plan: Sequence[PlannedStage], needs: Estimate) -> None:
-    """Print the plan of a dry run, a row per stage, and the estimate of memory and disk."""
+def show_plan(
+    console: Console, plan: Sequence[PlannedStage], needs: Estimate, lacking: Sequence[str]
+) -> None:
+    """Print the plan of a dry run, a row per stage, the estimate, and what is not free for it."""
     rows = [(stage.stage, stage.status, stage.note) for stage in plan]
     console.print(console_table("dry run", ("stage", "would", "note"), rows))
     console.print(
@@ -39,6 +41,8 @@ def show_plan(console: Console, plan: Sequence[PlannedStage], needs: Estimate) -
         f"{format_bytes(needs.profile_disk)} for profiles, {format_bytes(needs.model_disk)} "
         "for the model"
     )
+    for line in lacking:
+        console.print(f"[yellow]warning:[/yellow] {line}")
 
 
 def show_states(console: Console, states: Sequence[StageState]) -> None:

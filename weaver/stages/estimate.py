@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from weaver.config.loading import RunConfig
+from weaver.conversion.memory import available_memory
 from weaver.methods.allocation import pruned_width
 from weaver.methods.registry import get_method, resolve_options
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES
+from weaver.report.tables import format_bytes
+
+# Python, torch and transformers themselves, resident before any model is read.
+PROCESS_BYTES = 400 * 2**20
 
 # (tokens, F) tensors alive at once while a layer is observed: gate, up, h, the normalised h of the
 # markers, and one temporary of the activation.
@@ -22,7 +29,7 @@ _REFIT_TENSORS = 5
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes needed by the conversion (without torch and Python themselves, about 400 MB).
+    """Bytes needed by the conversion (without torch and Python themselves, ``PROCESS_BYTES``).
 
     Args:
         memory: of the stages that go layer by layer.
@@ -36,6 +43,28 @@ class Estimate:
     eval_memory: int
     profile_disk: int
     model_disk: int
+
+
+def shortages(needs: Estimate, run_dir: Path) -> list[str]:
+    """What a conversion needs more of than is free now, a sentence each.
+
+    Args:
+        needs: from ``estimate``.
+        run_dir: the run directory, which need not be there.
+    """
+    memory, folder = available_memory(), run_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    checks = (
+        ("memory layer by layer", needs.memory + PROCESS_BYTES, memory),
+        ("memory for eval and bench", needs.eval_memory + PROCESS_BYTES, memory),
+        ("disk", needs.profile_disk + needs.model_disk, shutil.disk_usage(folder).free),
+    )
+    return [
+        f"{what}: {format_bytes(need)} needed, {format_bytes(free)} free"
+        for what, need, free in checks
+        if need > free
+    ]
 
 
 def estimate(config: RunConfig, checkpoint: Checkpoint) -> Estimate:
