@@ -27,8 +27,7 @@ from weaver.artifacts.cache import cache_folder, cache_lock
 from weaver.kernels.machine import cpu_features
 
 NAME = "weaver_cpu"
-HEADERS = "engines ffn gemm lanes packing paths route stream tiles vector".split()
-SOURCES = ("kernel.cpp", *(f"{name}.h" for name in HEADERS))
+SOURCES = ("kernel.cpp", *sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi")
 
 _log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ def moe(
 
     A slice of neurons with few tokens is read once, row by row, for all of them; with more tokens
     it is computed by matrix products: on tiles in float32 and in bfloat16, with the instructions of
-    AMX or of AVX512-BF16 where the processor has them, else by torch's. Sums over neurons and experts are
-    float32. Their order follows from shapes, routing and number of threads, so that a call repeats
-    bit by bit.
+    AMX or of AVX512-BF16 where the processor has them, else by torch's. Sums over neurons and
+    experts are float32. Their order follows from shapes, routing and number of threads, so that a
+    call repeats bit by bit.
 
     Args:
         x_TD: FFN inputs on the CPU, in one of ``DTYPES``, (T, D).
