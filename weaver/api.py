@@ -74,7 +74,8 @@ class Run:
         seed: root of all randomness.
         data_dir: where data files are looked for after the current folder.
         progress: show the progress of stages on standard error.
-        force: throw away what a stage's folder holds and make it again.
+        force: make a stage again; its new result takes the place of what its folder holds.
+        trust_remote_code: let the dense model's own code run.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class Run:
     data_dir: Path | None = None
     progress: bool = True
     force: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         # Frozen, and yet a text is as good as a path.
@@ -99,7 +101,9 @@ class Run:
                 dtype.
             options: fields of ``CalibrateConfig``.
         """
-        dense = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+        dense = model
+        if not isinstance(dense, ModelConfig):
+            dense = ModelConfig(path=str(model), trust_remote_code=self.trust_remote_code)
         config = _section(CalibrateConfig, options)
         return self._stage(CalibrateSummary, "calibrate", lambda c: calibrate(c, dense, config))
 
@@ -195,6 +199,7 @@ class Run:
             seed=self.seed,
             force=self.force,
             data_dir=self.data_dir,
+            trust_remote_code=self.trust_remote_code,
             progress=stage_progress() if self.progress else no_progress,
         )
 
@@ -228,7 +233,7 @@ def convert(
         calibration: a calibrate folder of another run, which replaces this run's own.
         sections: other values by section, as in a run file:
             ``{"calibrate": {"tokens": 16384}, "partition": {"num_experts": 8}}``.
-        settings: seed, data_dir, progress, force: see ``Run``. What is forced is this call alone.
+        settings: seed, data_dir, progress, force, trust_remote_code: see ``Run``. What is forced is this call alone.
 
     Returns:
         The run, whose methods measure, train and export the model.
@@ -239,11 +244,16 @@ def convert(
     """
     run = Run(Path(run_dir), **settings)
     named: dict[str, dict[str, Any]] = {
-        "model": {"path": str(model), "dtype": dtype},
+        "model": {
+            "path": str(model),
+            "dtype": dtype,
+            "trust_remote_code": run.trust_remote_code or None,
+        },
         "partition": {"method": method, "sparsity": sparsity},
     }
     values = merge_sections(sections or {}, named)
     config = parse_config(RunConfig, {**values, "seed": run.seed}, source="convert")
+    run = replace(run, trust_remote_code=config.model.trust_remote_code)
     run_pipeline(run._context(), conversion_calls(config, calibration), lambda *_: None)
     return replace(run, force=False)
 

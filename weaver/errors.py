@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.util import find_spec
 
 
@@ -22,6 +23,15 @@ class WeaverError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+def shell(*words: object) -> str:
+    """Words of a command line as one text, each quoted where a shell would read more than it.
+
+    Every path in a ``fix`` goes through it: the advice is copied into a shell, and a name may hold
+    spaces or come out of somebody's file.
+    """
+    return shlex.join(map(str, words))
 
 
 def require_extra(package: str, extra: str, what: str) -> None:

@@ -7,16 +7,17 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from weaver.artifacts.store import canonical_json, read_json, text_digest, write_json
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 
 SCHEMA_VERSION = 4
-MANIFEST = "manifest.json"
+# Written first and last into a stage's folder.
+REQUEST, MANIFEST = "stage.json", "manifest.json"
 # The model card is no part of a result: eval completes it, and no stage reads it.
 CARD = "README.md"
 _PACKAGES = ("weaver-moe", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -124,6 +125,17 @@ class StageManifest(BaseModel):
     git_commit: str | None
     finished_at: str
 
+    @field_validator("outputs")
+    @classmethod
+    def _inside(cls, outputs: dict[str, str]) -> dict[str, str]:
+        for name in outputs:
+            path = PurePosixPath(name)
+            if path.is_absolute() or not path.parts or {".", ".."} & set(name.split("/")):
+                raise ValueError(f"output {name!r} lies outside the stage's folder")
+            if not name.isprintable():
+                raise ValueError(f"output {name!r} has no name that can be printed")
+        return outputs
+
 
 def outputs_digest(outputs: dict[str, str]) -> str:
     """Digest over the files' digests."""
@@ -159,6 +171,23 @@ def read_manifest(folder: Path, *, rebuild: str) -> StageManifest:
             f"{path}: not a valid manifest, {'.'.join(map(str, problem['loc']))}: {problem['msg']}",
             why="it was written by another version or changed by hand",
             fix=f"{rebuild} --force",
+        ) from error
+
+
+def read_request(path: Path, command: str) -> StageRequest:
+    """Read a stage's ``stage.json``; ``command`` makes the stage, for messages.
+
+    Raises:
+        WeaverError: it is missing, damaged or not what a stage writes.
+    """
+    fix = f"{shell('mv', path.parent, 'ELSEWHERE')}, then {command}"
+    try:
+        return StageRequest.model_validate(read_json(path, rebuild=fix))
+    except ValidationError as error:
+        raise WeaverError(
+            f"{path}: not a valid stage request",
+            why=str(error.errors()[0]["msg"]),
+            fix=fix,
         ) from error
 
 

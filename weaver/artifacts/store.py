@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Iterator, Mapping
@@ -45,16 +46,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A link that lies there under this name would be written through.
+        temporary.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
         # Where even the folder cannot be made, there is nothing to remove either.
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk: a renamed file is not safe before that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content atomically."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 @contextmanager

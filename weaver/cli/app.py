@@ -35,8 +35,9 @@ from weaver.cli import (
 from weaver.cli.session import is_follower
 from weaver.errors import WeaverError
 
-# What a shell gives a command that Ctrl-C ended: 128 and the number of SIGINT.
-INTERRUPTED = 130
+# Signals that end a command as Ctrl-C does, and what it is then told. The exit code is that of a
+# shell: 128 and the number of the signal.
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
 class WeaverGroup(TyperGroup):
@@ -57,35 +58,48 @@ class WeaverGroup(TyperGroup):
         except WeaverError as error:
             if ctx.params.get("debug"):
                 raise
-            if is_follower():
-                raise typer.Exit(1) from error
-            console.print(f"[red]error:[/red] {_escape(error.what)}", highlight=False)
-            console.print(f"  why: {_escape(error.why)}", highlight=False)
-            console.print(f"  fix: {_escape(error.fix)}", highlight=False)
+            if not is_follower(ctx.invoked_subcommand or ""):
+                _print_error(console, error)
             raise typer.Exit(1) from error
         except (KeyboardInterrupt, Exception) as error:
-            if not (isinstance(error, KeyboardInterrupt) or interruption.seen):
+            number = interruption.signal
+            if number is None and isinstance(error, KeyboardInterrupt):
+                number = signal.SIGINT
+            if number is None:
                 raise
-            console.print("[red]error:[/red] interrupted", highlight=False)
-            console.print("  why: Ctrl-C; finished layers and stages are kept", highlight=False)
-            console.print("  fix: rerun the same command to go on", highlight=False)
-            raise typer.Exit(INTERRUPTED) from error
+            _print_error(
+                console,
+                WeaverError(
+                    "interrupted",
+                    why=f"{SIGNALS[number]}; finished layers and stages are kept",
+                    fix="rerun the same command to go on",
+                ),
+            )
+            raise typer.Exit(128 + number) from error
 
 
 class _Interruption:
-    """Remembers Ctrl-C: native code that is interrupted may raise an error of its own instead.
+    """Remembers a signal: native code that is interrupted may raise an error of its own instead.
 
-    torch was seen to raise a ``ValueError`` about a storage's shape in its place.
+    torch was seen to raise a ``ValueError`` about a storage's shape in place of
+    ``KeyboardInterrupt``. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
-        self.seen = False
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
+        self.signal: signal.Signals | None = None
+        for each in SIGNALS:
+            if signal.getsignal(each) in (signal.default_int_handler, signal.SIG_DFL):
+                signal.signal(each, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.seen = True
-        signal.default_int_handler(signum, frame)
+        self.signal = signal.Signals(signum)
+        raise KeyboardInterrupt
+
+
+def _print_error(console: Console, error: WeaverError) -> None:
+    console.print(f"[red]error:[/red] {_escape(error.what)}", highlight=False)
+    console.print(f"  why: {_escape(error.why)}", highlight=False)
+    console.print(f"  fix: {_escape(error.fix)}", highlight=False)
 
 
 def _escape(text: str) -> str:

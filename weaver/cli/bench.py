@@ -46,7 +46,7 @@ def bench(settings: BenchConfig, _options: SharedOptions) -> StageCall:
     "bench",
     BenchConfig,
     ("tokens", "repeats", "seconds", "threads", "dtype"),
-    shared=("config", "overrides", "seed"),
+    shared=("config", "overrides", "seed", "trust_remote_code"),
 )
 def bench_layer(
     settings: BenchConfig,

@@ -22,12 +22,10 @@ def calibrate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Let the model's own code run.")
-    ] = None,
 ) -> StageCall:
     """Run text through the dense model and keep what every method needs to know."""
-    flags = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+    flags = {"revision": revision, "dtype": dtype}
+    flags |= {"trust_remote_code": options.trust_remote_code or None}
     dense = options.model({"path": model, **flags})
     from weaver.stages.calibrate import calibrate as stage
 

@@ -17,7 +17,7 @@ SPELLED = {
     "approximate": "--approximate",
     "remote_code": "--remote-code",
 }
-SHARED = ("force", "dry_run", "quiet", "as_json")
+SHARED = ("force", "dry_run", "trust_remote_code", "quiet", "as_json")
 
 
 @section_command("export", ExportConfig, FLAGS, spelled=SPELLED, shared=SHARED)

@@ -18,7 +18,7 @@ Overrides = Annotated[
     typer.Option("--set", "-s", help="section.key=value, over the file; may be repeated."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Root of all randomness.")]
-Force = Annotated[bool, typer.Option("--force", help="Throw away what the stage's folder holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Make the stage again, in place of what its folder holds.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run, be skipped or be refused.")
 ]
@@ -37,6 +37,9 @@ Data = Annotated[
         help="builtin:calibration, a .jsonl/.json/.parquet/.txt/.raw file or folder, or hf:NAME; "
         "with :WEIGHT for a mixture. May be repeated.",
     ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the dense model's own code run.")
 ]
 Calibration = Annotated[
     Path | None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "partition",
     PartitionConfig,
     ("method", "sparsity", "num_experts", "expert_width_multiple"),
-    shared=("run_dir", "config", "overrides", "seed"),
+    shared=("run_dir", "config", "overrides", "seed", "trust_remote_code"),
 )
 def pareto(
     settings: PartitionConfig, options: SharedOptions, *, calibration: Calibration = None

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ def make_context(
     force: bool = False,
     dry_run: bool = False,
     data_dir: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> StageContext:
     """The context of a command on this console, which prints everything unless told otherwise."""
     output = output or Output()
@@ -88,14 +89,13 @@ def make_context(
     from weaver.rundir.stage_run import StageContext, no_progress
 
     quiet_libraries()
-    if is_follower():
-        return StageContext(run_dir, seed, force, dry_run, data_dir)
     return StageContext(
         run_dir=run_dir,
         seed=seed,
         force=force,
         dry_run=dry_run,
         data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
         progress=no_progress if output.quiet else stage_progress(),
         say=output.note,
     )
@@ -117,7 +117,7 @@ def run_stage(
         call: runs it.
         folder: the stage's folder, where it is not the one in the run directory.
     """
-    from weaver.rundir.stage_run import WouldRun
+    from weaver.rundir.stage_run import WouldRun, no_progress
     from weaver.stages.pipeline import run_pipeline
 
     if context.dry_run:
@@ -128,8 +128,8 @@ def run_stage(
         else:
             _show_plan(output, stage, "skip")
         return
-    if is_follower():
-        call(context)
+    if is_follower(stage):
+        call(replace(context, progress=no_progress, say=lambda _line: None))
         return
     run_pipeline(
         context,
@@ -148,9 +148,13 @@ def _show_plan(output: Output, stage: str, would: str) -> None:
         console.print(f"{stage}: would {would}")
 
 
-def is_follower() -> bool:
-    """Whether this process trains beside a main one, which holds the lock and speaks."""
-    return int(os.environ.get("RANK", "0")) > 0
+def is_follower(stage: str) -> bool:
+    """Whether this process trains beside a main one, which holds the lock and speaks.
+
+    Only ``finetune`` is distributed; every other command is one process, whatever a launcher says.
+    """
+    rank = os.environ.get("RANK", "0")
+    return stage == "finetune" and rank.isdecimal() and int(rank) > 0
 
 
 def quiet_libraries() -> None:

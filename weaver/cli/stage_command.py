@@ -35,10 +35,14 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "force": (options.Force, False),
     "dry_run": (options.DryRun, False),
     "data_dir": (options.DataDir, None),
+    "trust_remote_code": (options.TrustRemoteCode, False),
     "quiet": (options.Quiet, False),
     "as_json": (options.AsJson, False),
 }
-OF_STAGES = ("run_dir", "config", "overrides", "seed", "force", "dry_run", "quiet", "as_json")
+OF_STAGES = (
+    *("run_dir", "config", "overrides", "seed", "force", "dry_run", "trust_remote_code"),
+    *("quiet", "as_json"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class SharedOptions:
     force: bool = False
     dry_run: bool = False
     data_dir: Path | None = None
+    trust_remote_code: bool = False
     quiet: bool = False
     as_json: bool = False
 
@@ -77,6 +82,7 @@ class SharedOptions:
             force=self.force,
             dry_run=self.dry_run,
             data_dir=self.data_dir,
+            trust_remote_code=self.trust_remote_code,
         )
 
 

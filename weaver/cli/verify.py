@@ -15,7 +15,7 @@ from weaver.errors import WeaverError
 FLAGS = ("data", "tokens", "sequence_length", "new_tokens", "max_kl", "runtime", "dtype")
 
 
-@section_command("verify", VerifyConfig, FLAGS, shared=("data_dir",))
+@section_command("verify", VerifyConfig, FLAGS, shared=("data_dir", "trust_remote_code"))
 def verify(
     settings: VerifyConfig,
     options: SharedOptions,

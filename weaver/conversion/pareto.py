@@ -89,7 +89,10 @@ def forecast_layouts(
             why="pareto compares slices of the FFN of different widths",
             fix="--method weave, whose experts are slices",
         )
-    calibration = open_calibration(calibration_folder or context.folder("calibrate"))
+    calibration = open_calibration(
+        calibration_folder or context.folder("calibrate"),
+        trust_remote_code=context.trust_remote_code,
+    )
     refuse_experts(calibration.checkpoint, "pareto", "leave it out")
     configured = settings.config.num_experts
     assert configured is not None

@@ -15,6 +15,7 @@ from weaver.artifacts.store import read_json, write_json
 from weaver.export.base import Obstacle
 from weaver.models.converted_folder import ConvertedCheckpoint
 from weaver.models.writing import Part
+from weaver.models.writing import save_config as write_config
 
 # Families whose decoder layer is norm, attention, residual, norm, FFN, residual, with separate
 # projections and rotary embeddings over the whole head; and what keeps the others out.
@@ -107,7 +108,7 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     own reader want ``rope_theta`` and ``partial_rotary_factor`` beside it; without the latter,
     ``glm4_moe`` would rotate half of every head.
     """
-    config.save_pretrained(folder)
+    write_config(config, folder)
     path = folder / "config.json"
     values = read_json(path, rebuild="rerun weaver export with --force")
     rope = dict(config.rope_parameters)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from weaver.artifacts.store import check_tensors_file, write_json, write_model_shard
+from weaver.artifacts.store import (
+    check_tensors_file,
+    copy_file,
+    disk_errors,
+    write_json,
+    write_model_shard,
+)
 from weaver.errors import WeaverError
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
@@ -54,11 +61,19 @@ class Part:
         return sum(self.sizes.values())
 
 
+def save_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write a configuration's files as transformers does, each of them whole or not at all."""
+    with disk_errors(folder), tempfile.TemporaryDirectory(prefix="weaver-") as made:
+        config.save_pretrained(made)
+        for path in sorted(Path(made).iterdir()):
+            copy_file(path, folder / path.name)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and the generation config of a model folder beside other weights."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_file(source / name, target / name)
 
 
 def parse_size(text: str) -> int:

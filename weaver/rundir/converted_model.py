@@ -79,7 +79,8 @@ def open_converted(context: StageContext, *, finetuned: bool = True) -> Converte
         WeaverError: neither has finished, or the dense model is gone.
     """
     stage, folder, manifest, ref = _newest(context, finetuned=finetuned)
-    return ConvertedModel(folder, stage, manifest, ref, open_model(manifest.model))
+    dense = open_model(manifest.model, trust_remote_code=context.trust_remote_code)
+    return ConvertedModel(folder, stage, manifest, ref, dense)
 
 
 def converted_folder(run_dir: Path) -> Path:

@@ -18,7 +18,7 @@ from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Rou
 from weaver.config.sections import CalibrateConfig, ModelConfig, RouterConfig
 from weaver.data.grouping import GroupWindows
 from weaver.data.packing import PackedTokens
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 from weaver.models.checkpoint import Checkpoint
 from weaver.rundir.stage_folders import finished_stage, layer_path
 
@@ -116,15 +116,19 @@ def affinity_path(folder: Path) -> Path:
     return folder / AFFINITY_FOLDER / "affinity.safetensors"
 
 
-def open_calibration(folder: Path) -> Calibration:
+def open_calibration(folder: Path, *, trust_remote_code: bool = False) -> Calibration:
     """Open a finished calibrate stage.
+
+    Args:
+        folder: of the stage.
+        trust_remote_code: see ``open_model``.
 
     Raises:
         WeaverError: it has not finished, or its model or tokenizer has changed since.
     """
     manifest, ref = finished_stage(folder, "calibrate")
     known = manifest.model
-    checkpoint = open_model(known)
+    checkpoint = open_model(known, trust_remote_code=trust_remote_code)
     found = checkpoint.identity(known)
     for what, before, now in (
         ("model", known.digest, found.digest),
@@ -134,7 +138,9 @@ def open_calibration(folder: Path) -> Calibration:
             raise WeaverError(
                 f"{folder}: profile of another {what}, digest {before[:12]} instead of {now[:12]}",
                 why=f"the {what} in {known.folder} changed after the calibration",
-                fix=f"weaver calibrate {known.path} --run-dir {folder.parent} --force",
+                fix=shell(
+                    *("weaver", "calibrate", known.path, "--run-dir", folder.parent, "--force")
+                ),
             )
     return Calibration(folder, manifest, ref, checkpoint)
 
@@ -155,22 +161,43 @@ def read_sensitivities(folder: Path) -> Sensitivities | None:
     return read_record(path, Sensitivities) if path.exists() else None
 
 
-def open_model(identity: ModelIdentity) -> Checkpoint:
-    """The dense model that an artifact was made from."""
+def open_model(identity: ModelIdentity, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The dense model that an artifact was made from.
+
+    Args:
+        identity: as the artifact's manifest has it.
+        trust_remote_code: whether this command may run the model's own code. The manifest does not
+            decide it: a run directory may come from somebody else.
+
+    Raises:
+        WeaverError: the model was calibrated with code of its own, which this command may not run.
+    """
+    if identity.trust_remote_code and not trust_remote_code:
+        raise WeaverError(
+            f"{identity.folder}: calibrated with code of its own",
+            why="a command runs code out of a model's folder only when it is told to",
+            fix="--trust-remote-code, if you trust the model",
+        )
     return Checkpoint(
         ModelConfig(path=identity.folder, trust_remote_code=identity.trust_remote_code)
     )
 
 
-def open_partition(folder: Path) -> Partition:
+def open_partition(folder: Path, *, trust_remote_code: bool = False) -> Partition:
     """Open a finished partition stage, and the calibration it names.
+
+    Args:
+        folder: of the stage.
+        trust_remote_code: see ``open_model``.
 
     Raises:
         WeaverError: either has not finished, or the calibration changed after the partition.
     """
     manifest, ref = finished_stage(folder, "partition")
     named = manifest.request.inputs["calibrate"].path
-    calibration = open_calibration((folder.parent / named).resolve())
+    calibration = open_calibration(
+        (folder.parent / named).resolve(), trust_remote_code=trust_remote_code
+    )
     return Partition(folder, manifest, ref, calibration)
 
 

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weaver.artifacts.manifest import MANIFEST, StageManifest, read_manifest
-from weaver.artifacts.store import file_digest
-from weaver.errors import WeaverError
-from weaver.rundir.stage_folders import STAGE_FOLDERS, check_outputs, remake_hint, stage_command
-from weaver.rundir.stage_run import REQUEST
+from weaver.artifacts.manifest import MANIFEST, REQUEST, StageManifest, read_manifest, read_request
+from weaver.errors import WeaverError, shell
+from weaver.rundir.stage_folders import (
+    STAGE_FOLDERS,
+    check_contents,
+    check_outputs,
+    stage_command,
+)
+
+EXPORTS = "export-*"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def stage_row(stage: str, folder: Path, manifest: StageManifest) -> dict[str, An
 
 
 def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:
-    """The stages that a run directory holds.
+    """The stages that a run directory holds, and the exports that lie in it.
 
     Args:
         run_dir: the run directory.
@@ -58,16 +63,18 @@ def inspect_run(run_dir: Path, *, verify: bool) -> list[StageState]:
     Raises:
         WeaverError: the folder does not exist or holds no stage.
     """
+    folders = [(stage, run_dir / name) for stage, name in STAGE_FOLDERS.items()]
+    folders += [("export", folder) for folder in sorted(run_dir.glob(EXPORTS))]
     states = [
-        _inspect(stage, run_dir / name, verify=verify)
-        for stage, name in STAGE_FOLDERS.items()
-        if (run_dir / name / REQUEST).exists() or (run_dir / name / MANIFEST).exists()
+        _inspect(stage, folder, verify=verify)
+        for stage, folder in folders
+        if (folder / REQUEST).exists() or (folder / MANIFEST).exists()
     ]
     if not states:
         raise WeaverError(
             f"{run_dir}: no run directory",
             why=f"a run directory holds one of the folders {', '.join(STAGE_FOLDERS.values())}",
-            fix=f"weaver convert MODEL {run_dir}",
+            fix=shell("weaver", "convert", "MODEL", run_dir),
         )
     return states
 
@@ -83,7 +90,8 @@ def _inspect(stage: str, folder: Path, *, verify: bool) -> StageState:
         manifest = read_manifest(folder, rebuild=command)
         check_outputs(folder, manifest)
         if verify:
-            _verify(folder, manifest)
+            check_contents(folder, manifest)
+            _check_request(folder, manifest)
     except WeaverError as error:
         return StageState(stage, folder, "damaged", f"{error.what}; fix: {error.fix}", None, size)
     return StageState(stage, folder, "complete", "", manifest, size)
@@ -97,12 +105,14 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _verify(folder: Path, manifest: StageManifest) -> None:
-    for name, digest in manifest.outputs.items():
-        found = file_digest(folder / name)
-        if found != digest:
-            raise WeaverError(
-                f"{folder / name}: digest {found[:12]} instead of {digest[:12]}",
-                why="the file changed after the stage was finished",
-                fix=remake_hint(folder / name, manifest.request.stage, folder),
-            )
+
+def _check_request(folder: Path, manifest: StageManifest) -> None:
+    """The manifest says what ``stage.json`` said before the stage began."""
+    command = stage_command(manifest.request.stage, folder.parent)
+    written = read_request(folder / REQUEST, command)
+    if written.fingerprint != manifest.request.fingerprint:
+        raise WeaverError(
+            f"{folder / MANIFEST}: another request than {REQUEST} holds",
+            why="one of the two changed after the stage was finished",
+            fix=f"{shell('rm', '-r', folder)}, then rerun {command} or weaver run as before",
+        )

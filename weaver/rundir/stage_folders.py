@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
-from weaver.artifacts.manifest import MANIFEST, InputRef, StageManifest, read_manifest
-from weaver.artifacts.store import check_tensors_file
-from weaver.errors import WeaverError
+from weaver.artifacts.manifest import (
+    CARD,
+    MANIFEST,
+    REQUEST,
+    InputRef,
+    StageManifest,
+    outputs_digest,
+    read_manifest,
+)
+from weaver.artifacts.store import check_tensors_file, file_digest
+from weaver.errors import WeaverError, shell
 
 # Folder of each stage inside a run directory, and the subcommand that writes it.
 STAGE_FOLDERS: dict[str, str] = {
@@ -24,18 +34,24 @@ STAGE_FOLDERS: dict[str, str] = {
 def stage_command(stage: str, run_dir: Path) -> str:
     """The command that makes a stage, for error messages."""
     if stage == "export":
-        return f"weaver export {run_dir}"
-    name = "calibrate MODEL" if stage == "calibrate" else stage
-    return f"weaver {name} --run-dir {run_dir}"
+        return shell("weaver", "export", run_dir)
+    model = ["MODEL"] if stage == "calibrate" else []
+    return shell("weaver", stage, *model, "--run-dir", run_dir)
 
 
-def remake_hint(path: Path, stage: str, folder: Path) -> str:
-    """How to make one damaged file of a finished stage again, with the stage's own settings.
+def remake_hint(paths: Sequence[Path], stage: str, folder: Path) -> str:
+    """How to make damaged files of a finished stage again, with the stage's own settings.
 
     ``STAGE --force`` would do too, but with whatever settings the user then remembers to give.
+
+    Args:
+        paths: every damaged file: once the manifest is gone, nothing says what the others held.
+        stage: its name.
+        folder: of the stage.
     """
     return (
-        f"rm -f {path} {folder / MANIFEST}, then rerun {stage_command(stage, folder.parent)} "
+        f"{shell('rm', '-f', *paths, folder / MANIFEST)}, then rerun "
+        f"{stage_command(stage, folder.parent)} "
         "or weaver run as before: only what is missing is made again"
     )
 
@@ -43,6 +59,17 @@ def remake_hint(path: Path, stage: str, folder: Path) -> str:
 def layer_path(folder: Path, layer: int) -> Path:
     """File of one layer inside a stage's folder."""
     return folder / f"layer_{layer:03d}.safetensors"
+
+
+def output_names(folder: Path) -> list[str]:
+    """Names of a stage's outputs: every file but its records, its card and hidden ones."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        str(name)
+        for name in names
+        if name.name not in (REQUEST, MANIFEST, CARD)
+        and not any(part.startswith(".") for part in name.parts)
+    )
 
 
 def check_outputs(folder: Path, manifest: StageManifest) -> None:
@@ -53,15 +80,78 @@ def check_outputs(folder: Path, manifest: StageManifest) -> None:
     """
     for name in manifest.outputs:
         path = folder / name
-        remake = remake_hint(path, manifest.request.stage, folder)
         if not path.is_file():
             raise WeaverError(
                 f"{path}: missing",
                 why="the stage is complete, so the file was removed afterwards",
-                fix=remake,
+                fix=_remake_damaged(folder, manifest),
             )
         if path.suffix == ".safetensors":
-            check_tensors_file(path, rebuild=remake)
+            try:
+                check_tensors_file(path)
+            except WeaverError as error:
+                fix = _remake_damaged(folder, manifest)
+                raise WeaverError(error.what, why=error.why, fix=fix) from error
+
+
+def check_contents(folder: Path, manifest: StageManifest) -> None:
+    """Check that the outputs of a complete stage are what it wrote: digests, and no file more.
+
+    What a stage reads of another is checked here first. Otherwise a value that changed on the disk
+    would become a part of every later result, under digests that agree.
+
+    Raises:
+        WeaverError: naming the file and how to make it again.
+    """
+    check_outputs(folder, manifest)
+    if manifest.digest != outputs_digest(manifest.outputs):
+        raise WeaverError(
+            f"{folder / MANIFEST}: its digest is not that of the outputs it lists",
+            why="the manifest changed after the stage was finished",
+            fix=f"{shell('rm', '-r', folder)}, then rerun "
+            f"{stage_command(manifest.request.stage, folder.parent)} or weaver run as before",
+        )
+    for name, digest in manifest.outputs.items():
+        found = _known_digest(folder / name)
+        if found != digest:
+            raise WeaverError(
+                f"{folder / name}: digest {found[:12]} instead of {digest[:12]}",
+                why="the file changed after the stage was finished",
+                fix=_remake_damaged(folder, manifest),
+            )
+    for name in output_names(folder):
+        if name not in manifest.outputs:
+            raise WeaverError(
+                f"{folder / name}: not an output of {manifest.request.stage}",
+                why="the manifest does not list it, and what it does not list is not checked",
+                fix=shell("mv", folder / name, "ELSEWHERE"),
+            )
+
+
+def _remake_damaged(folder: Path, manifest: StageManifest) -> str:
+    """The advice for every file that is missing or has another digest."""
+    damaged = [
+        folder / name
+        for name, digest in manifest.outputs.items()
+        if not (folder / name).is_file() or _known_digest(folder / name) != digest
+    ]
+    return remake_hint(damaged, manifest.request.stage, folder)
+
+
+_DIGESTS: dict[tuple[Path, int, int, int], str] = {}
+
+
+def _known_digest(path: Path) -> str:
+    """Digest of a file, computed once per process while size, time and inode stay the same."""
+    found = path.stat()
+    key = (path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+    if key not in _DIGESTS:
+        try:
+            _DIGESTS[key] = file_digest(path)
+        # Of a file that is no longer one of tensors; it has another digest in any case.
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error):
+            return "none"
+    return _DIGESTS[key]
 
 
 def finished_stage(folder: Path, stage: str) -> tuple[StageManifest, InputRef]:
@@ -85,7 +175,7 @@ def finished_stage(folder: Path, stage: str) -> tuple[StageManifest, InputRef]:
             why="the manifest says so",
             fix=f"name the folder that {command} wrote",
         )
-    check_outputs(folder, manifest)
+    check_contents(folder, manifest)
     _check_not_outdated(folder, manifest)
     return manifest, InputRef(path=str(folder.resolve()), digest=manifest.digest)
 
@@ -114,6 +204,6 @@ def _check_not_outdated(folder: Path, manifest: StageManifest) -> None:
             raise WeaverError(
                 f"{folder}: made from another {name} than {source} holds now",
                 why=f"{name} ran again after {stage}",
-                fix=f"rerun {stage}: rm -r {folder}, then "
+                fix=f"rerun {stage}: {shell('rm', '-r', folder)}, then "
                 f"{stage_command(stage, folder.parent)} or weaver run as before",
             )

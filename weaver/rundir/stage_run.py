@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from weaver.artifacts.manifest import (
-    CARD,
     MANIFEST,
+    REQUEST,
     ModelIdentity,
     StageManifest,
     StageRequest,
@@ -27,21 +25,22 @@ from weaver.artifacts.manifest import (
     outputs_digest,
     peak_memory_bytes,
     read_manifest,
+    read_request,
     versions,
     write_manifest,
 )
-from weaver.artifacts.store import check_tensors_file, file_digest, read_json, write_json
+from weaver.artifacts.store import check_tensors_file, disk_errors, file_digest, sync_folder, write_json
 from weaver.artifacts.summaries import Summary
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 from weaver.rundir.stage_folders import (
     STAGE_FOLDERS,
     check_outputs,
     layer_path,
+    output_names,
     seen_from,
     stage_command,
 )
 
-REQUEST = "stage.json"
 # Names that a killed process leaves behind: weaver's own, and those that safetensors writes under.
 TEMPORARY = (".*.tmp", ".tmp*")
 Status = Literal["skip", "resume", "run"]
@@ -70,9 +69,10 @@ class StageContext:
     Args:
         run_dir: the run directory.
         seed: root of all randomness.
-        force: throw away what the stage's folder holds and make it again.
+        force: make the stage again; what its folder holds is replaced when the new result is there.
         dry_run: stop with ``WouldRun`` before anything is written.
         data_dir: where data files are looked for after the current folder.
+        trust_remote_code: the user lets the dense model's own code run, in this command.
         progress: ``progress(title, total)`` gives a context manager that yields ``advance(note)``.
         say: prints one line for the user.
     """
@@ -82,6 +82,7 @@ class StageContext:
     force: bool = False
     dry_run: bool = False
     data_dir: Path | None = None
+    trust_remote_code: bool = False
     progress: Progress = no_progress
     say: Callable[[str], None] = field(default=lambda _line: None)
 
@@ -98,7 +99,7 @@ def decide(
     Args:
         folder: the stage's folder.
         request: what is asked for.
-        force: throw away what the folder holds.
+        force: replace what the folder holds.
         command: what makes the stage, for messages; by default that of the folder's run directory.
 
     Raises:
@@ -108,25 +109,48 @@ def decide(
     found = _entries(folder)
     if not found:
         return "run"
-    command = command or stage_command(request.stage, folder.parent)
-    if REQUEST not in found and MANIFEST not in found:
+    if force and folder.is_symlink():
         raise WeaverError(
-            f"{folder}: holds files, but no {REQUEST}",
-            why="weaver neither writes into a folder that it did not make nor removes it",
-            fix="choose another --run-dir, or move the folder away",
+            f"{folder}: is a symbolic link",
+            why="--force replaces a folder that the stage made itself, and no other one through it",
+            fix="remove the link, or choose another folder",
         )
+    command = command or stage_command(request.stage, folder.parent)
+    made = _made_by_weaver(folder, request.stage, command)
     if force or found == {REQUEST}:
         # A stage that stopped before its first output holds nothing that could be lost.
         return "run"
     complete = (folder / MANIFEST).exists()
-    existing = (
-        read_manifest(folder, rebuild=command).request
-        if complete
-        else _read_request(folder / REQUEST, command)
-    )
+    existing = read_manifest(folder, rebuild=command).request if complete else made
     if existing.fingerprint == request.fingerprint:
         return "skip" if complete else "resume"
     raise _refusal(folder, request, existing)
+
+
+def _made_by_weaver(folder: Path, stage: str, command: str) -> StageRequest:
+    """The request that a stage noted before it wrote anything else into a folder.
+
+    It alone says that weaver made the folder: a file of this name does not, nor a manifest, which
+    other programs have too. Without it nothing there is ever removed, whatever the flags.
+
+    Raises:
+        WeaverError: there is none, it is damaged, or of another stage.
+    """
+    path = folder / REQUEST
+    if not path.is_file():
+        raise WeaverError(
+            f"{folder}: holds files, but no {REQUEST}",
+            why="weaver neither writes into a folder that it did not make nor removes it",
+            fix="choose another folder, or move this one away",
+        )
+    made = read_request(path, command)
+    if made.stage != stage:
+        raise WeaverError(
+            f"{folder}: is a {made.stage} stage, not {stage}",
+            why=f"{REQUEST} says so, and a stage removes its own results alone",
+            fix="choose another folder, or move this one away",
+        )
+    return made
 
 
 def _is_temporary(path: Path) -> bool:
@@ -158,19 +182,8 @@ def _refusal(folder: Path, request: StageRequest, existing: StageRequest) -> Wea
     return WeaverError(
         f"{folder}: made from another {changed}",
         why=f"{changed} changed after {request.stage} ran",
-        fix=f"rerun {request.stage}: rm -r {folder}, then the same command",
+        fix=f"rerun {request.stage}: {shell('rm', '-r', folder)}, then the same command",
     )
-
-
-def _read_request(path: Path, command: str) -> StageRequest:
-    try:
-        return StageRequest.model_validate(read_json(path, rebuild=f"{command} --force"))
-    except ValidationError as error:
-        raise WeaverError(
-            f"{path}: not a valid stage request",
-            why=str(error.errors()[0]["msg"]),
-            fix=f"{command} --force",
-        ) from error
 
 
 class StageRun:
@@ -199,10 +212,13 @@ class StageRun:
         )
         self.model = model
         self.dtype = dtype
-        self.folder = folder or context.folder(request.stage)
+        self.final = self.folder = folder or context.folder(request.stage)
         self.started = time.monotonic()
         self.command = stage_command(request.stage, context.run_dir)
-        self.status = decide(self.folder, request, force=context.force, command=self.command)
+        self.status = decide(self.final, request, force=context.force, command=self.command)
+        if context.force and (self.final / MANIFEST).exists():
+            self.folder = _new(self.final)
+            self.status = _forced(self.folder, request, self.command)
 
     def begin(self) -> None:
         """Make the folder and note what is being made in it.
@@ -224,8 +240,8 @@ class StageRun:
         Raises:
             WeaverError: a file is missing or cut off.
         """
-        manifest = read_manifest(self.folder, rebuild=self.command)
-        check_outputs(self.folder, manifest)
+        manifest = read_manifest(self.final, rebuild=self.command)
+        check_outputs(self.final, manifest)
         if not self.context.dry_run:
             self.context.say(f"{self.request.stage}: complete, skipped")
         return manifest
@@ -246,17 +262,12 @@ class StageRun:
         """
         if not path.exists():
             return False
-        check_tensors_file(path, rebuild=f"rm {path}, then rerun {self.command} as before")
+        check_tensors_file(path, rebuild=f"{shell('rm', path)}, then rerun {self.command} as before")
         return True
 
     def finish(self, summary: Summary) -> StageManifest:
-        """Digest every output and write the manifest."""
-        names = sorted(
-            str(path.relative_to(self.folder))
-            for path in self.folder.rglob("*")
-            if path.is_file() and path.name not in (REQUEST, MANIFEST, CARD)
-        )
-        outputs = {name: file_digest(self.folder / name) for name in names}
+        """Digest every output and write the manifest; what was forced takes its place."""
+        outputs = {name: file_digest(self.folder / name) for name in output_names(self.folder)}
         manifest = StageManifest(
             request=self.request,
             model=self.model,
@@ -271,7 +282,50 @@ class StageRun:
             finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         write_manifest(self.folder, manifest)
+        settle(self.final)
+        self.folder = self.final
         return manifest
+
+
+def _new(folder: Path) -> Path:
+    """Where a forced stage works beside the finished result that it is to replace."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def _forced(work: Path, request: StageRequest, command: str) -> Status:
+    """Whether a forced stage goes on with what an interrupted one of the same request left."""
+    try:
+        status = decide(work, request, force=False, command=command)
+    except WeaverError:
+        # What another request left there; an error again if weaver did not make it.
+        return decide(work, request, force=True, command=command)
+    return "run" if status == "skip" else status
+
+
+def settle(folder: Path) -> None:
+    """Put a finished forced result into the place of the old one, which is removed last.
+
+    Two renames: a kill between them leaves both results under other names, and the next command in
+    the run directory, which calls this first, ends the exchange. An unfinished result stays.
+    """
+    new, old = _new(folder), folder.with_name(f".{folder.name}.old")
+    with disk_errors(folder):
+        if (new / MANIFEST).is_file():
+            if folder.exists():
+                _remove(old)
+                folder.rename(old)
+            new.rename(folder)
+            sync_folder(folder.parent)
+        if folder.exists():
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a result that was replaced; a folder without its request is somebody else's."""
+    if (folder / REQUEST).is_file() and not folder.is_symlink():
+        _clear(folder)
+        (folder / REQUEST).unlink()
+        folder.rmdir()
 
 
 def _clear(folder: Path) -> None:

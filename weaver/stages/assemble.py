@@ -10,7 +10,6 @@ from torch import Tensor
 from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
 from weaver.artifacts.results import SmokeResult
-from weaver.artifacts.store import disk_errors
 from weaver.artifacts.summaries import AssembleSummary, SkippedTest
 from weaver.artifacts.types import ExpertLayout
 from weaver.config.sections import AssembleConfig
@@ -24,6 +23,7 @@ from weaver.models.writing import (
     copy_companions,
     parse_size,
     plan_shards,
+    save_config,
     write_shards,
 )
 from weaver.rundir.converted_model import account_of
@@ -46,7 +46,9 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     Raises:
         WeaverError: partition or build-router has not finished, or they do not belong together.
     """
-    partition = open_partition(context.folder("partition"))
+    partition = open_partition(
+        context.folder("partition"), trust_remote_code=context.trust_remote_code
+    )
     router_manifest, router_ref = finished_stage(context.folder("build-router"), "build-router")
     _check_same_partition(router_manifest, partition)
     checkpoint = partition.calibration.checkpoint
@@ -83,8 +85,7 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
         write_shards(run.folder, parts, limit, advance)
     recipe = _recipe(partition, router_manifest, request)
     account = account_of(checkpoint, shapes)
-    with disk_errors(run.folder):
-        _write_companions(run.folder, checkpoint, shapes, dtype_text, recipe)
+    _write_companions(run.folder, checkpoint, shapes, dtype_text, recipe)
     write_card(run.folder, account, recipe, checkpoint.folder)
     tested = (
         smoke_test(context, run.folder, checkpoint, dtype, account) if config.smoke_test else None
@@ -139,7 +140,7 @@ def _write_companions(
 ) -> None:
     config = converted_config(checkpoint.config, checkpoint.layer_shapes(shapes), recipe)
     config.dtype = DTYPES[dtype]
-    config.save_pretrained(folder)
+    save_config(config, folder)
     copy_companions(checkpoint.folder, folder)
 
 

@@ -43,7 +43,9 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
     Raises:
         WeaverError: no finished partition, or no such router.
     """
-    partition = open_partition(context.folder("partition"))
+    partition = open_partition(
+        context.folder("partition"), trust_remote_code=context.trust_remote_code
+    )
     spec = get_method(partition.manifest.request.config["method"])
     resolved = resolve_router(config, spec)
     request = StageRequest(

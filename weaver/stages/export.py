@@ -13,22 +13,29 @@ from torch import Tensor
 
 from weaver.artifacts.dtypes import DTYPES, dtype_name
 from weaver.artifacts.manifest import StageManifest, StageRequest
-from weaver.artifacts.store import disk_errors, write_json
+from weaver.artifacts.store import write_json
 from weaver.artifacts.summaries import ExportSummary
 from weaver.config.sections import ExportConfig, VerifyConfig
 from weaver.errors import WeaverError, require_extra
-from weaver.export.attention import save_config
+from weaver.export.attention import save_config as save_stock_config
 from weaver.export.base import Source, StockModel
 from weaver.export.features import approximated
 from weaver.export.registry import GGUF, NAMES, OWN, check, choose, obstacles, stock_target
 from weaver.export.remote_code import add_remote_code
 from weaver.models.converted_folder import ConvertedCheckpoint, ConvertedLayer
 from weaver.models.tensors import stored_dtype
-from weaver.models.writing import Part, copy_companions, parse_size, plan_shards, write_shards
+from weaver.models.writing import (
+    Part,
+    copy_companions,
+    parse_size,
+    plan_shards,
+    save_config,
+    write_shards,
+)
 from weaver.report.loading import gguf_loading, remote_code_loading, stock_loading
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.inputs import open_partition
-from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.rundir.stage_run import StageContext, StageRun, settle
 from weaver.stages.evaluate import measured_quality
 from weaver.stages.model_card import write_card
 from weaver.stages.verify import RECORD, verify
@@ -120,6 +127,8 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
         inputs={plan.converted.stage: plan.converted.ref},
     )
     model = plan.converted.manifest.model
+    if not context.dry_run:
+        settle(plan.folder)
     run = StageRun(context, request, model, dtype, folder=plan.folder)
     if run.status == "skip":
         return run.skipped()
@@ -127,17 +136,17 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
     stock = None if plan.target == OWN else _stock_model(context, plan)
     run.begin()
     if stock is None:
-        loading, facts = _write_own(context, plan)
+        loading, facts = _write_own(context, plan, run.folder)
     else:
-        loading, facts = _write_stock(context, plan, stock)
+        loading, facts = _write_stock(context, plan, run.folder, stock)
     summary = ExportSummary(
         target=plan.target, reason=plan.reason, approximations=tuple(plan.approximations)
     )
     record = summary.model_dump(mode="json", exclude={"cost"})
-    write_json(plan.folder / RECORD, record | facts)
+    write_json(run.folder / RECORD, record | facts)
     notes = [f"This export approximates {line}." for line in plan.approximations]
     write_card(
-        plan.folder,
+        run.folder,
         plan.converted.account(),
         plan.converted.recipe(),
         plan.converted.dense.folder,
@@ -147,7 +156,7 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
         notes=notes,
     )
     if plan.approximations:
-        cost = verify(context, plan.folder, COST, finished=False)
+        cost = verify(context, run.folder, COST, finished=False)
         summary = summary.model_copy(update={"cost": cost})
     return run.finish(summary)
 
@@ -180,18 +189,20 @@ def _check_options(target: str, config: ExportConfig) -> None:
         )
 
 
-def _write_own(context: StageContext, plan: ExportPlan) -> tuple[str | None, dict[str, Any]]:
+def _write_own(
+    context: StageContext, plan: ExportPlan, folder: Path
+) -> tuple[str | None, dict[str, Any]]:
     """weaver's own type: the same tensors, ready for the hub. How to load it, and no facts."""
     checkpoint = plan.checkpoint
     groups = [checkpoint.outer_names()]
     prefixes = [f"{checkpoint.family.layers}.{i}." for i in range(checkpoint.num_layers)]
     groups += [[n for n in checkpoint.names() if n.startswith(prefix)] for prefix in prefixes]
-    _write_weights(context, plan, [_copied(checkpoint, names, plan.dtype) for names in groups])
+    _write_weights(context, plan, folder, [_copied(checkpoint, names, plan.dtype) for names in groups])
     checkpoint.config.dtype = plan.dtype
-    _write_companions(plan, checkpoint.config.save_pretrained)
+    _write_companions(plan, folder, partial(save_config, checkpoint.config))
     if not plan.config.remote_code:
         return None, {}
-    add_remote_code(plan.folder)
+    add_remote_code(folder)
     return remote_code_loading(), {}
 
 
@@ -202,7 +213,9 @@ def _copied(checkpoint: ConvertedCheckpoint, names: list[str], dtype: torch.dtyp
 
 
 def _stock_model(context: StageContext, plan: ExportPlan) -> StockModel:
-    partition = open_partition(context.folder("partition"))
+    partition = open_partition(
+        context.folder("partition"), trust_remote_code=context.trust_remote_code
+    )
     source = _source(plan, lambda layer: partition.profile(layer).ffn_inputs_ND)
     stock = stock_target(plan.target).build(source)
     if plan.target == GGUF:
@@ -213,7 +226,7 @@ def _stock_model(context: StageContext, plan: ExportPlan) -> StockModel:
 
 
 def _write_stock(
-    context: StageContext, plan: ExportPlan, stock: StockModel
+    context: StageContext, plan: ExportPlan, folder: Path, stock: StockModel
 ) -> tuple[str, dict[str, Any]]:
     """A stock architecture as safetensors or as GGUF. How to load it, and what was chosen."""
     facts = {
@@ -223,14 +236,14 @@ def _write_stock(
         **stock.facts,
     }
     if plan.target != GGUF:
-        _write_weights(context, plan, stock.parts)
-        _write_companions(plan, partial(save_config, stock.config))
+        _write_weights(context, plan, folder, stock.parts)
+        _write_companions(plan, folder, partial(save_stock_config, stock.config))
         return stock_loading(stock.config.model_type), facts
     from weaver.export.gguf import write_gguf
 
     with context.progress(STAGE, len(stock.parts)) as advance:
         write_gguf(
-            plan.folder / plan.file,
+            folder / plan.file,
             stock.config,
             stock.parts,
             plan.converted.folder,
@@ -254,13 +267,16 @@ def _source(plan: ExportPlan, inputs: Callable[[int], Tensor]) -> Source:
     return Source(plan.checkpoint, inputs, layer, plan.dtype)
 
 
-def _write_weights(context: StageContext, plan: ExportPlan, parts: Sequence[Part]) -> None:
+def _write_weights(
+    context: StageContext, plan: ExportPlan, folder: Path, parts: Sequence[Part]
+) -> None:
     limit = parse_size(plan.config.max_shard_size)
     with context.progress(STAGE, len(plan_shards(parts, limit))) as advance:
-        write_shards(plan.folder, parts, limit, advance)
+        write_shards(folder, parts, limit, advance)
 
 
-def _write_companions(plan: ExportPlan, write_config: Callable[[Path], None]) -> None:
-    with disk_errors(plan.folder):
-        copy_companions(plan.converted.folder, plan.folder)
-        write_config(plan.folder)
+def _write_companions(
+    plan: ExportPlan, folder: Path, write_config: Callable[[Path], None]
+) -> None:
+    copy_companions(plan.converted.folder, folder)
+    write_config(folder)

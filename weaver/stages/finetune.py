@@ -20,7 +20,7 @@ from weaver.data.holdout import hold_out
 from weaver.data.packing import read_windows, separators
 from weaver.errors import WeaverError, require_extra
 from weaver.kernels.machine import cpu_features
-from weaver.models.writing import Part, copy_companions, parse_size, write_shards
+from weaver.models.writing import Part, copy_companions, parse_size, save_config, write_shards
 from weaver.report.tracking import tracking
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext, StageRun
@@ -180,7 +180,7 @@ def _write_model(converted: ConvertedModel, model: PreTrainedModel, run: StageRu
     write_shards(folder, parts, limit, lambda _name: None)
     config = AutoConfig.from_pretrained(converted.folder)
     config.weaver["recipe"]["finetune"] = run.request.config
-    config.save_pretrained(folder)
+    save_config(config, folder)
     write_card(folder, converted.account(), config.weaver["recipe"], converted.dense.folder)
 
 

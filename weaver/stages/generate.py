@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from weaver.artifacts.dtypes import DTYPES
-from weaver.artifacts.manifest import MANIFEST
+from weaver.artifacts.manifest import MANIFEST, REQUEST
 from weaver.artifacts.store import read_json
 from weaver.config.sections import DtypeName, ModelConfig
 from weaver.errors import WeaverError
@@ -29,7 +29,6 @@ from weaver.models.loading import load_model
 from weaver.models.locate import locate, weight_files
 from weaver.rundir.converted_model import converted_folder
 from weaver.rundir.stage_folders import STAGE_FOLDERS
-from weaver.rundir.stage_run import REQUEST
 
 # In a shorter text a single sentence that comes again is half of it.
 _ENOUGH_TOKENS = 24

@@ -66,7 +66,10 @@ def partition(
             experts cannot express.
     """
     settings = resolve_settings(config, router)
-    calibration = open_calibration(calibration_folder or context.folder("calibrate"))
+    calibration = open_calibration(
+        calibration_folder or context.folder("calibrate"),
+        trust_remote_code=context.trust_remote_code,
+    )
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,

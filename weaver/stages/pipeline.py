@@ -10,7 +10,8 @@ from weaver.artifacts.manifest import MANIFEST, StageManifest
 from weaver.config.loading import RunConfig
 from weaver.errors import WeaverError
 from weaver.rundir.lock import locked
-from weaver.rundir.stage_run import StageContext, WouldRun
+from weaver.rundir.stage_folders import STAGE_FOLDERS
+from weaver.rundir.stage_run import StageContext, WouldRun, settle
 from weaver.stages.assemble import assemble
 from weaver.stages.bench import bench
 from weaver.stages.build_router import build_routers
@@ -85,6 +86,8 @@ def run_pipeline(
             was finished stays.
     """
     with locked(context.run_dir):
+        for name in STAGE_FOLDERS:
+            settle(context.folder(name))
         for stage, call in calls.items():
             on_stage(stage, call(context))
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from weaver.artifacts.manifest import MANIFEST
+from weaver.artifacts.manifest import MANIFEST, REQUEST
 from weaver.errors import WeaverError
-from weaver.rundir.stage_run import REQUEST
 from weaver.stages.generate import model_folder
 
 # What the stage that made the folder left for weaver alone.

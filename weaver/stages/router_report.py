@@ -61,7 +61,9 @@ def open_report(context: StageContext) -> ReportInputs:
         WeaverError: a stage is missing, there are fewer than two samples for a half, or a partition
             by groups would lack a group in one.
     """
-    partition = open_partition(context.folder("partition"))
+    partition = open_partition(
+        context.folder("partition"), trust_remote_code=context.trust_remote_code
+    )
     calibration = partition.calibration
     packed = read_packed_tokens(calibration.folder)
     ids_T = packed.sample_ids_WT.reshape(-1)
