@@ -35,10 +35,10 @@ def tracking(
     if name is None:
         yield lambda _values, _step: None
         return
+    check_tracker(name)
     # It takes seconds to import, and few runs need it.
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    _check(name, [str(each) for each in get_available_trackers()])
     kind = LOGGER_TYPE_TO_CLASS[name]
     folder.mkdir(parents=True, exist_ok=True)
     arguments = (run_name, folder) if kind.requires_logging_directory else (run_name,)
@@ -51,14 +51,21 @@ def tracking(
         tracker.finish()
 
 
-def _check(name: str, available: list[str]) -> None:
+def check_tracker(name: str) -> None:
+    """Check that a tracker is known and installed.
+
+    Raises:
+        WeaverError: it is not.
+    """
     if name not in TRACKERS:
         raise WeaverError(
             f"no tracker is called {name}",
             why=f"known trackers are {', '.join(TRACKERS)}",
             fix=f"--report-to {TRACKERS[0]}",
         )
-    if name not in available:
+    from accelerate.tracking import get_available_trackers
+
+    if name not in map(str, get_available_trackers()):
         raise WeaverError(
             f"the tracker {name} is not installed",
             why="trackers are packages of their own, and weaver needs none of them",

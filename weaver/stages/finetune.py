@@ -18,10 +18,10 @@ from weaver.artifacts.summaries import EvaluationPoint, FinetuneSummary, PhaseSu
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.data.holdout import hold_out
 from weaver.data.packing import read_windows, separators
-from weaver.errors import WeaverError, require_extra
+from weaver.errors import WeaverError, require_extra, shell
 from weaver.kernels.machine import cpu_features
 from weaver.models.writing import Part, copy_companions, parse_size, save_config, write_shards
-from weaver.report.tracking import tracking
+from weaver.report.tracking import check_tracker, tracking
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext, StageRun
 from weaver.stages.model_card import write_card
@@ -63,6 +63,8 @@ def finetune(
         WeaverError: no finished conversion, no such data, or a loss that is not finite; then the
             best weights until there are written, but the stage is not complete.
     """
+    if report_to is not None:
+        check_tracker(report_to)
     converted = open_converted(context, finetuned=False)
     tokenizer = converted.dense.tokenizer()
     phases = resolve_phases(config)
@@ -160,7 +162,7 @@ def _with_folder(error: DivergedError, folder: Path) -> WeaverError:
         f"{error.what}; the best weights, of step {error.best.step} with a held-out KL of "
         f"{error.best.held_out.kl:.4f}, are in {folder}",
         why=error.why,
-        fix=f"{error.fix}; copy {folder} first to keep it, since --force empties the stage",
+        fix=f"{error.fix}; {shell('cp', '-r', folder, 'ELSEWHERE')} first to keep it, since --force makes it anew",
     )
 
 
