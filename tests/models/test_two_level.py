@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,11 @@ def test_heads_that_predict_further_tokens_are_left_out(open_tiny: OpenTiny) -> 
     path, parameters = checkpoint.folder / "model.safetensors", checkpoint.total_parameters()
     extra = {"model.layers.2.mlp.gate.weight": torch.ones(4, 32)}
     save_file(load_file(path) | extra, path, {"format": "pt"})
+    with pytest.raises(WeaverError, match=r"weights of 3 layers, config\.json says 2"):
+        Checkpoint(checkpoint.model)
+    config = checkpoint.folder / "config.json"
+    values = json.loads(config.read_text()) | {"num_nextn_predict_layers": 1}
+    config.write_text(json.dumps(values))
     reopened = Checkpoint(checkpoint.model)
     assert (
         reopened.total_parameters()

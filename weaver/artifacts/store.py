@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import stat
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,15 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from weaver.artifacts.header import Header, parse_json, read_header
 from weaver.artifacts.record import TensorRecord
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 
 # safetensors files with two or more metadata keys are not byte-stable between processes (the header
 # is written in hash order), so everything goes into one key as canonical JSON.
 METADATA_KEY = "weaver"
-
-# What reading a header trips over when its bytes are not those that were written.
-_HEADER_ERRORS = (ValueError, LookupError, TypeError, AttributeError, struct.error, OSError)
 
 RecordT = TypeVar("RecordT", bound=TensorRecord)
 
@@ -118,11 +115,22 @@ def read_json(path: Path, *, rebuild: str) -> Any:
         WeaverError: the file is missing or damaged; ``rebuild`` is the command that makes it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise WeaverError(f"{path}: missing", why="the stage has not run", fix=rebuild) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except ValueError as error:
         raise WeaverError(f"{path}: damaged", why=str(error), fix=rebuild) from error
+
+
+def read_error(path: Path, error: OSError) -> WeaverError:
+    """The error for a file that is there and cannot be read: the file itself may be whole."""
+    return WeaverError(
+        f"{path}: cannot be read",
+        why=error.strerror or str(error),
+        fix="give yourself the right to read it, or check the disk",
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -151,12 +159,11 @@ def read_tensors(path: Path, *, rebuild: str = "") -> tuple[dict[str, Tensor], d
     Raises:
         WeaverError: the file is missing, truncated or not safetensors.
     """
-    check_tensors_file(path, rebuild=rebuild)
+    metadata = read_metadata(path, rebuild=rebuild)
     try:
-        return load_file(path), _read_header(path)[1]
-    except (SafetensorError, *_HEADER_ERRORS) as error:
-        fix = rebuild or f"delete {path} and rerun the stage that writes it"
-        raise WeaverError(f"{path}: damaged", why=str(error), fix=fix) from error
+        return load_file(path), metadata
+    except (SafetensorError, OSError) as error:
+        raise WeaverError(f"{path}: damaged", why=str(error), fix=_fix(path, rebuild)) from error
 
 
 def read_metadata(path: Path, *, rebuild: str = "") -> dict[str, Any]:
@@ -165,44 +172,62 @@ def read_metadata(path: Path, *, rebuild: str = "") -> dict[str, Any]:
     Raises:
         WeaverError: the file is missing, truncated or not safetensors.
     """
-    check_tensors_file(path, rebuild=rebuild)
-    return _read_header(path)[1]
+    try:
+        return _own_metadata(check_tensors_file(path, rebuild=rebuild))
+    except ValueError as error:
+        fix = _fix(path, rebuild)
+        raise WeaverError(f"{path}: damaged metadata", why=str(error), fix=fix) from error
 
 
-def check_tensors_file(path: Path, *, rebuild: str = "") -> None:
+def check_tensors_file(path: Path, *, rebuild: str = "") -> Header:
     """Check that the file is as long as its header says, without reading the tensors.
+
+    Returns:
+        The header.
 
     Raises:
         WeaverError: the file is missing, truncated or not safetensors.
     """
-    fix = rebuild or f"delete {path} and rerun the stage that writes it"
+    fix = _fix(path, rebuild)
     if not path.is_file():
         raise WeaverError(f"{path}: missing", why="the stage has not finished", fix=fix)
     try:
-        header, _, start = _read_header_and_start(path)
-        expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except _HEADER_ERRORS as error:
+        header = read_header(path)
+        actual = path.stat().st_size
+    except OSError as error:
+        raise read_error(path, error) from error
+    except ValueError as error:
         raise WeaverError(f"{path}: damaged header", why=str(error), fix=fix) from error
-    actual = path.stat().st_size
-    if actual != expected:
+    if actual != header.end:
         raise WeaverError(
-            f"{path}: damaged, {actual} bytes instead of {expected}",
+            f"{path}: damaged, {actual} bytes instead of {header.end}",
             why="the file was cut off or overwritten after it was written",
             fix=fix,
         )
+    return header
+
+
+def _fix(path: Path, rebuild: str) -> str:
+    return rebuild or f"delete {shell(path)} and rerun the stage that writes it"
+
+
+def _own_metadata(header: Header) -> dict[str, Any]:
+    """weaver's own metadata; empty in files of others."""
+    values = parse_json(header.metadata.get(METADATA_KEY, "{}"))
+    if not isinstance(values, dict):
+        raise ValueError("weaver's metadata is no mapping")
+    return values
 
 
 def tensors_digest(path: Path) -> str:
     """SHA-256 over a safetensors file's metadata and sorted (name, dtype, shape, bytes)."""
-    header, metadata, start = _read_header_and_start(path)
-    digest = hashlib.sha256(canonical_json(metadata).encode())
+    header = read_header(path)
+    digest = hashlib.sha256(canonical_json(_own_metadata(header)).encode())
     with path.open("rb") as handle:
-        for name in sorted(header):
-            entry = header[name]
-            digest.update(canonical_json([name, entry["dtype"], entry["shape"]]).encode())
-            begin, end = entry["data_offsets"]
-            handle.seek(start + begin)
-            _update(digest, handle, end - begin)
+        for name, entry in sorted(header.entries.items()):
+            digest.update(canonical_json([name, entry.dtype, list(entry.shape)]).encode())
+            handle.seek(header.start + entry.begin)
+            _update(digest, handle, entry.end - entry.begin)
     return digest.hexdigest()
 
 
@@ -247,7 +272,7 @@ def read_record(path: Path, kind: type[RecordT], *, rebuild: str = "") -> Record
         raise WeaverError(
             f"{path}: not a valid {kind.__name__}",
             why=str(error),
-            fix=rebuild or f"delete {path} and rerun the stage that writes it",
+            fix=_fix(path, rebuild),
         ) from error
 
 
@@ -258,17 +283,3 @@ def _update(digest: Any, handle: Any, size: int) -> None:
             raise ValueError("file ends before its last tensor")
         digest.update(block)
         size -= len(block)
-
-
-def _read_header_and_start(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    with path.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        if length > path.stat().st_size:
-            raise ValueError(f"header of {length} bytes is longer than the file")
-        header = json.loads(handle.read(length))
-    metadata = header.pop("__metadata__", {})
-    return header, json.loads(metadata.get(METADATA_KEY, "{}")), 8 + length
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    return _read_header_and_start(path)[:2]

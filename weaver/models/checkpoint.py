@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.dtypes import DTYPES
@@ -33,7 +33,15 @@ from weaver.models.families import (
     twice_split,
 )
 from weaver.models.ffns import Ffns, SplitFfns, StockFfns
-from weaver.models.hf import register
+from weaver.models.hf import model_class, register
+from weaver.models.intake import (
+    TOKENIZER_FILES,
+    check_shapes,
+    library_errors,
+    load_tokenizer,
+    model_type_of,
+    read_config,
+)
 from weaver.models.locate import locate
 from weaver.models.sites import AnyShape, Site, layer_shapes
 from weaver.models.tensors import FLOAT32, TensorFiles, stored_dtype
@@ -42,7 +50,6 @@ from weaver.models.tensors import FLOAT32, TensorFiles, stored_dtype
 _BUFFERS = (FLOAT32, ".router.balance_bias")
 # Configuration entries that say where and by what it was read, not what the model is.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 class Checkpoint(TensorFiles):
@@ -66,10 +73,12 @@ class Checkpoint(TensorFiles):
             getattr(self.config, self.family.activation_field), model=model.path
         )
         super().__init__(self.folder, self.family, int(self.config.num_hidden_layers))
+        self._check_layers()
         converted = self.config.model_type.startswith(CONVERTED_PREFIX)
         self.ffns: Ffns = SplitFfns(self) if converted else StockFfns(self)
         self._check_ffn_names()
         self.sites: tuple[Site, ...] = self.ffns.sites
+        self._check_shapes()
 
     @property
     def hidden_size(self) -> int:
@@ -214,32 +223,64 @@ class Checkpoint(TensorFiles):
 
     def _tokenizer_digest(self) -> str:
         digest = hashlib.sha256()
-        for name in (*_TOKENIZER_FILES, "tokenizer_config.json"):
+        for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
             path = self.folder / name
             if path.is_file():
                 digest.update(name.encode() + path.read_bytes())
         return digest.hexdigest()
 
     def _load_config(self) -> PreTrainedConfig:
-        try:
-            raw, _ = PreTrainedConfig.get_config_dict(self.folder)
-            # Before AutoConfig, which does not know types of the future.
-            if "model_type" not in raw:
-                raise ValueError("config.json is missing, or names no model_type")
-            find_family(str(raw["model_type"]), model=self.model.path)
-            if any("experts" in entry for entry in raw.get("weaver", {}).get("layers", ())):
-                raise twice_split(self.model.path)
-            register()
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.folder, trust_remote_code=self.model.trust_remote_code
-            )
-            return config
-        except (OSError, ValueError) as error:
+        register()
+        model_type = model_type_of(self.folder)
+        # Before AutoConfig, which does not know types of the future.
+        find_family(model_type, model=self.model.path)
+        config = read_config(self.folder, trust_remote_code=self.model.trust_remote_code)
+        layers = getattr(config, "weaver", {}).get("layers", ())
+        if any("experts" in entry for entry in layers):
+            raise twice_split(self.model.path)
+        return config
+
+    def _check_layers(self) -> None:
+        """As many layers as the configuration says; heads that predict further tokens aside."""
+        prefix = f"{self.family.layers}."
+        found = self.stored_layers()
+        extra = int(getattr(self.config, "num_nextn_predict_layers", None) or 0)
+        if not self.num_layers <= found <= self.num_layers + extra:
             raise WeaverError(
-                f"{self.folder}: no configuration that transformers can load",
-                why=str(error).splitlines()[0],
-                fix="pass a folder with config.json and *.safetensors, a .gguf file or a hub name",
-            ) from error
+                f"{self.folder}: weights of {found} layers, config.json says {self.num_layers}",
+                why=f"num_hidden_layers counts the layers that are called {prefix}0 and so on",
+                fix="fetch config.json and the weights of the same model",
+            )
+
+    def _check_shapes(self) -> None:
+        """Sizes of the configuration are those of the tensors, FFNs included."""
+        found = {name: self.shape(name) for name in self.names()}
+        embeddings = "model.embed_tokens.weight"
+        sizes = {embeddings: [self.config.vocab_size, self.config.hidden_size]}
+        check_shapes(self.folder, sizes, found)
+        for site in self.sites:
+            expected = self.ffns.expected_shapes(site, self.hidden_size)
+            check_shapes(self.folder, expected, found)
+        with (
+            library_errors(
+                f"{self.folder / 'config.json'}: describes no model of its type",
+                "fetch config.json again",
+            ),
+            torch.device("meta"),
+        ):
+            skeleton = model_class(self.config, self.family)(self.config)
+        tied = set(skeleton.all_tied_weights_keys)
+        expected = {
+            name: list(tensor.shape)
+            for name, tensor in skeleton.state_dict().items()
+            if name not in tied and not self._in_ffn(name)
+        }
+        check_shapes(self.folder, expected, found)
+
+    def _in_ffn(self, name: str) -> bool:
+        """Whether a tensor of a model in memory lies in an FFN, whose names on disk may differ."""
+        inside = name.removeprefix(f"{self.family.layers}.").partition(".")[2]
+        return name.startswith(f"{self.family.layers}.") and inside.startswith(self.family.ffn)
 
     def _check_ffn_names(self) -> None:
         name = next(
@@ -264,22 +305,3 @@ class Checkpoint(TensorFiles):
                 why="an FFN is split by the values of its weights, which lie packed here",
                 fix="pass the model's bf16, fp16 or fp32 release, or a .gguf file",
             )
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder.
-
-    Raises:
-        WeaverError: the folder holds none that transformers can load.
-    """
-    try:
-        # Without any of them transformers makes up a tokenizer that knows no word.
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise ValueError(f"the folder holds none of {', '.join(_TOKENIZER_FILES)}")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise WeaverError(
-            f"{folder}: no tokenizer",
-            why=str(error).splitlines()[0],
-            fix="copy tokenizer.json and tokenizer_config.json into the model's folder",
-        ) from error

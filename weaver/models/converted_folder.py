@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +9,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.store import check_tensors_file
 from weaver.artifacts.types import Router
 from weaver.models.accounting import LayerShape
 from weaver.models.families import ALL_FAMILIES, CONVERTED_PREFIX, Family, activation_name
 from weaver.models.hf import register
+from weaver.models.intake import read_config
 from weaver.models.locate import weight_files
 from weaver.models.sites import TwoLevelShape, read_shape, site_shapes
 
@@ -50,13 +51,17 @@ class ConvertedCheckpoint:
     def __init__(self, folder: Path) -> None:
         register()
         self.folder = folder
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        self.config: PreTrainedConfig = read_config(folder)
         self.family: Family = ALL_FAMILIES[self.config.model_type.removeprefix(CONVERTED_PREFIX)]
         layers = [read_shape(entry) for entry in self.config.weaver["layers"]]
         self.num_layers = len(layers)
         self.two_level = any(isinstance(layer, TwoLevelShape) for layer in layers)
         self.shapes = site_shapes(layers)
-        self._files = dict(self._entries())
+        self._files: dict[str, Path] = {}
+        self._elements: dict[str, int] = {}
+        for path in weight_files(folder):
+            for name, entry in check_tensors_file(path).entries.items():
+                self._files[name], self._elements[name] = path, entry.elements
 
     @property
     def activation(self) -> str:
@@ -95,8 +100,7 @@ class ConvertedCheckpoint:
 
     def elements(self, name: str) -> int:
         """Number of values of a tensor, without reading it."""
-        with safe_open(self._files[name], framework="pt") as handle:
-            return math.prod(handle.get_slice(name).get_shape())
+        return self._elements[name]
 
     def was_trained(self, name: str) -> bool:
         """Whether training has moved a tensor that starts at zero, such as ``router.scale``."""
@@ -138,11 +142,3 @@ class ConvertedCheckpoint:
 
     def _ffn_prefix(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}.{self.family.ffn}."
-
-    def _entries(self) -> list[tuple[str, Path]]:
-        entries = []
-        for path in weight_files(self.folder):
-            with safe_open(path, framework="pt") as handle:
-                names = handle.keys()
-            entries += [(name, path) for name in names]
-        return entries

@@ -77,6 +77,10 @@ class Ffns(ABC):
         """Size and biases of an FFN, all of its neurons shared."""
 
     @abstractmethod
+    def expected_shapes(self, site: Site, hidden_size: int) -> dict[str, list[int]]:
+        """Shapes that the matrices of an FFN have, by tensor name."""
+
+    @abstractmethod
     def owns(self, layer: int, name: str) -> bool:
         """Whether a tensor, by its name inside the FFN of a layer, belongs to one of the sites."""
 
@@ -160,6 +164,23 @@ class StockFfns(Ffns):
             )
         return self._shapes[key]
 
+    def expected_shapes(self, site: Site, hidden_size: int) -> dict[str, list[int]]:
+        neurons = self._neurons(site)
+        rows = 2 * neurons if self.family.fused else neurons
+        prefix = site_prefix(self.family, site)
+        return {
+            f"{prefix}{self.family.gate}.weight": [rows, hidden_size],
+            f"{prefix}{self.family.up}.weight": [rows, hidden_size],
+            f"{prefix}{self.family.down}.weight": [hidden_size, neurons],
+        }
+
+    def _neurons(self, site: Site) -> int:
+        """F of a layer by the configuration; of an expert, which each family calls its own, by its
+        gate projection."""
+        if site.is_inner:
+            return self.dense_shape(site).num_shared_neurons
+        return int(self.source.config.intermediate_size)
+
     def owns(self, layer: int, name: str) -> bool:
         inner = name.split(".", maxsplit=1)[0] in ("experts", self.family.shared)
         return inner or layer not in self.inner_layers
@@ -236,6 +257,12 @@ class SplitFfns(Ffns):
             up_bias=shape.up_bias,
             output_bias=shape.expert_bias if routed else shape.output_bias and not site.is_inner,
         )
+
+    def expected_shapes(self, site: Site, hidden_size: int) -> dict[str, list[int]]:
+        shape, prefix = self._shapes[site.layer], self.prefix(site.layer)
+        neurons = shape.num_shared_neurons + shape.n_routed_experts * shape.moe_intermediate_size
+        parts = ("gate_weight", "up_weight", "down_weight")
+        return {f"{prefix}{part}": [neurons, hidden_size] for part in parts}
 
     def owns(self, layer: int, name: str) -> bool:
         outer = name.startswith("router.") or name == "output_bias"

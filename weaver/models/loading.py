@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from weaver.artifacts.store import check_tensors_file
 from weaver.errors import WeaverError
 from weaver.models.hf import register
+from weaver.models.intake import library_errors, read_config
+from weaver.models.locate import weight_files
 
 _RERUN = "rerun the stage that wrote it with --force"
 
@@ -34,14 +36,21 @@ def load_model(
         WeaverError: transformers cannot load it, or keys are missing or left over.
     """
     register()
+    what = f"{folder}: cannot be loaded"
     try:
+        for path in weight_files(folder):
+            check_tensors_file(path)
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+    except WeaverError as error:
+        raise WeaverError(what, why=f"{error.what}: {error.why}", fix=fix) from error
+    with library_errors(what, fix):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise WeaverError(
-            f"{folder}: cannot be loaded", why=str(error).strip().splitlines()[0], fix=fix
-        ) from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     problems = {

@@ -11,6 +11,7 @@ from weaver.artifacts.store import file_digest, read_json
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.gguf import dequantise
+from weaver.models.intake import check_links, inside
 
 # README.md is the model card, which names the licence.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
@@ -24,7 +25,7 @@ def locate(model: ModelConfig) -> Path:
     Raises:
         WeaverError: there is no such model, or the hub did not give it.
     """
-    path = Path(model.path).expanduser()
+    path = local_path(model.path)
     if path.suffix == ".gguf" and path.is_file():
         return dequantise(path, cache_folder() / f"gguf-{file_digest(path)[:16]}")
     if path.is_dir():
@@ -41,17 +42,37 @@ def locate(model: ModelConfig) -> Path:
     return _download(model)
 
 
+def local_path(name: str) -> Path:
+    """A name as a path: ``~`` and ``~user`` stand for a home.
+
+    Raises:
+        WeaverError: there is no such user, or the name is longer than a file system allows.
+    """
+    try:
+        path = Path(name).expanduser()
+        # Looking is what finds a name that no file can have.
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        shown = name if len(name) <= 80 else f"{name[:80]}..."
+        raise WeaverError(
+            f"{shown!r}: no name of a file", why=reason or str(error), fix="name an existing folder"
+        ) from error
+    return path
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, chosen as transformers does: one file, else the index.
 
     Raises:
-        WeaverError: there is none, or the index is damaged.
+        WeaverError: there is none, the index is damaged, or a file lies outside the folder.
     """
+    check_links(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if index.is_file():
-        return [folder / name for name in _indexed_names(index)]
+        return [inside(folder, name) for name in _indexed_names(index)]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeaverError(
@@ -65,11 +86,16 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed_names(index: Path) -> list[str]:
     fix = f"fetch {index.name} again"
     try:
-        return sorted(set(read_json(index, rebuild=fix)["weight_map"].values()))
+        names = set(read_json(index, rebuild=fix)["weight_map"].values())
+        if not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
+            raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         raise WeaverError(
-            f"{index}: damaged", why="it holds no mapping named weight_map", fix=fix
+            f"{index}: damaged",
+            why="it holds no mapping named weight_map from tensors to *.safetensors files",
+            fix=fix,
         ) from error
+    return sorted(names)
 
 
 def _download(model: ModelConfig) -> Path:

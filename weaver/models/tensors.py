@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from weaver.artifacts.header import TensorEntry
 from weaver.artifacts.store import check_tensors_file
 from weaver.errors import WeaverError
 from weaver.models.families import Family
@@ -24,6 +26,14 @@ FLOAT32 = ".e_score_correction_bias"
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a tensor in a model of a dtype; some stay in float32."""
     return torch.float32 if name.endswith(FLOAT32) else dtype
+
+
+class StoredTensor(NamedTuple):
+    """Place of a tensor: file, name in it, and its entry in the file's header."""
+
+    path: Path
+    name: str
+    entry: TensorEntry
 
 
 class TensorFiles:
@@ -43,7 +53,18 @@ class TensorFiles:
         self.folder = folder
         self.family = family
         self.num_layers = num_layers
-        self._files = dict(self._entries(weight_files(folder)))
+        self._layers: set[int] = set()
+        self._files: dict[str, StoredTensor] = {}
+        for name, stored in self._entries(weight_files(folder)):
+            if name in self._files:
+                raise WeaverError(
+                    f"{folder}: tensor {name!r} stands in {self._files[name].path.name} and in "
+                    f"{stored.path.name}",
+                    why="which of the two the model has, nothing says",
+                    fix="fetch the checkpoint again, or remove the file that is not part of it",
+                )
+            self._files[name] = stored
+        self._handles: dict[Path, Any] = {}
 
     def names(self) -> list[str]:
         """Every tensor in the checkpoint."""
@@ -66,34 +87,31 @@ class TensorFiles:
                 f"the checkpoint has {', '.join(self.names()[:4])}, ...",
                 fix="check that this is the whole checkpoint of a causal language model",
             )
-        path, stored_name = self._files[name]
-        with safe_open(path, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(stored_name)
-            return tensor
+        stored = self._files[name]
+        # Opened once: a file of thousands of tensors has a header that takes long to read.
+        if stored.path not in self._handles:
+            self._handles[stored.path] = safe_open(stored.path, framework="pt")
+        tensor: Tensor = self._handles[stored.path].get_tensor(stored.name)
+        return tensor
 
     def shape(self, name: str) -> list[int]:
         """Shape of one tensor, without reading it."""
-        path, stored_name = self._files[name]
-        with safe_open(path, framework="pt") as handle:
-            return list(handle.get_slice(stored_name).get_shape())
+        return list(self._files[name].entry.shape)
+
+    def stored_layers(self) -> int:
+        """Layers of which the files hold a tensor, those beyond the model's included."""
+        return len(self._layers)
 
     def _paths(self) -> set[Path]:
-        return {path for path, _ in self._files.values()}
+        return {stored.path for stored in self._files.values()}
 
-    def _entries(self, files: list[Path]) -> Iterator[tuple[str, tuple[Path, str]]]:
+    def _entries(self, files: list[Path]) -> Iterator[tuple[str, StoredTensor]]:
         """Names that the modules in memory have, and where each tensor lies under which name."""
         for path in files:
-            check_tensors_file(path, rebuild=f"fetch {path.name} again")
-            try:
-                with safe_open(path, framework="pt") as handle:
-                    names = handle.keys()
-            except SafetensorError as error:
-                raise WeaverError(
-                    f"{path}: damaged", why=str(error), fix=f"fetch {path.name} again"
-                ) from error
-            for name in names:
+            header = check_tensors_file(path, rebuild=f"fetch {path.name} again")
+            for name, entry in header.entries.items():
                 if not name.endswith(_DERIVED) and not self._beyond(name):
-                    yield self._renamed(name), (path, name)
+                    yield self._renamed(name), StoredTensor(path, name, entry)
 
     def _renamed(self, name: str) -> str:
         for stored, loaded in self.family.renames:
@@ -102,5 +120,10 @@ class TensorFiles:
 
     def _beyond(self, name: str) -> bool:
         """Whether it belongs to a layer that the model does not have, as multi-token heads do."""
-        index = name.removeprefix(f"{self.family.layers}.").partition(".")[0]
-        return index.isdecimal() and int(index) >= self.num_layers
+        prefix = f"{self.family.layers}."
+        index = name.removeprefix(prefix).partition(".")[0]
+        # Of four digits at most: a name may hold thousands, which are no number of a layer.
+        if not (name.startswith(prefix) and index.isdecimal() and len(index) <= 4):
+            return False
+        self._layers.add(int(index))
+        return int(index) >= self.num_layers

@@ -23,6 +23,7 @@ from weaver.errors import WeaverError
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.ffns import site_prefix
+from weaver.models.intake import inside
 from weaver.models.moe import MoEFeedForward
 from weaver.models.tensors import stored_dtype
 
@@ -73,7 +74,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and the generation config of a model folder beside other weights."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            copy_file(source / name, target / name)
+            copy_file(inside(source, name), target / name)
 
 
 def parse_size(text: str) -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from weaver.artifacts.manifest import MANIFEST, InputRef, StageManifest
 from weaver.config.sections import DtypeName
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.hf import register
+from weaver.models.intake import read_config
 from weaver.models.loading import load_model
 from weaver.models.sites import read_shape, site_shapes
 from weaver.rundir.inputs import open_model
@@ -42,13 +43,13 @@ class ConvertedModel:
     def shapes(self) -> list[LayerShape]:
         """Shape of every converted FFN, from ``config.json``."""
         register()
-        config = AutoConfig.from_pretrained(self.folder)
+        config = read_config(self.folder)
         return site_shapes([read_shape(entry) for entry in config.weaver["layers"]])
 
     def recipe(self) -> dict[str, Any]:
         """The resolved configuration of every stage that made the model, from ``config.json``."""
         register()
-        recipe: dict[str, Any] = AutoConfig.from_pretrained(self.folder).weaver["recipe"]
+        recipe: dict[str, Any] = read_config(self.folder).weaver["recipe"]
         return recipe
 
     def account(self) -> ModelAccount:

@@ -22,6 +22,7 @@ from weaver.data.packing import PackedTokens, pack
 from weaver.data.sources import parse_data_spec
 from weaver.errors import WeaverError
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.intake import check_windows
 from weaver.models.sites import Site
 from weaver.models.stream import DecoderStream, DenseFfn, layer_ffns
 from weaver.models.two_level import RoutingObserver
@@ -55,6 +56,7 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
             fix="leave --groups out and use another method than dive",
         )
     packed, held_out = _pack(context, checkpoint, config)
+    check_windows(checkpoint.config, packed.input_ids_WT, what=model.path)
     identity = checkpoint.identity()
     request = StageRequest(
         stage=STAGE,

@@ -38,6 +38,7 @@ from weaver.evaluation.positions import kl_by_position
 from weaver.evaluation.usage import count_usage
 from weaver.models.accounting import ModelAccount
 from weaver.models.ffns import site_prefix
+from weaver.models.intake import check_windows
 from weaver.report.comparison import task_scores
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.measurements import RESULTS, read_eval
@@ -78,6 +79,7 @@ def evaluate(context: StageContext, config: EvalConfig, *, finetuned: bool = Tru
         refuse_experts(converted.dense, "eval --router", "eval with --no-router")
     tokenizer = converted.dense.tokenizer()
     inputs = _read_inputs(context, config, tokenizer)
+    check_windows(converted.dense.config, inputs.windows_WT, what=converted.dense.model.path)
     report_inputs = open_report(context) if config.router else None
     request = StageRequest(
         stage=STAGE,

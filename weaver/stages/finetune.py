@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weaver.artifacts.dtypes import DTYPES
 from weaver.artifacts.manifest import InputRef, StageManifest, StageRequest
@@ -20,6 +20,7 @@ from weaver.data.holdout import hold_out
 from weaver.data.packing import read_windows, separators
 from weaver.errors import WeaverError, require_extra, shell
 from weaver.kernels.machine import cpu_features
+from weaver.models.intake import check_windows, read_config
 from weaver.models.writing import Part, copy_companions, parse_size, save_config, write_shards
 from weaver.report.tracking import check_tracker, tracking
 from weaver.rundir.converted_model import ConvertedModel, open_converted
@@ -73,6 +74,8 @@ def finetune(
     workers = Workers.join(_precision(config), sharded=shard)
     _check_batches(phases, workers)
     texts, held_out_WT = _texts(context, config, phases, tokenizer)
+    for ids_WT in (*texts.values(), held_out_WT):
+        check_windows(converted.dense.config, ids_WT, what=converted.dense.model.path)
     request = StageRequest(
         stage=STAGE,
         seed=context.seed,
@@ -180,7 +183,7 @@ def _write_model(converted: ConvertedModel, model: PreTrainedModel, run: StageRu
     parts = [_part(name, tensor) for name, tensor in state.items()]
     limit = parse_size(converted.manifest.request.config["max_shard_size"])
     write_shards(folder, parts, limit, lambda _name: None)
-    config = AutoConfig.from_pretrained(converted.folder)
+    config = read_config(converted.folder)
     config.weaver["recipe"]["finetune"] = run.request.config
     save_config(config, folder)
     write_card(folder, converted.account(), config.weaver["recipe"], converted.dense.folder)

@@ -26,7 +26,7 @@ from weaver.evaluation.generation import (
 from weaver.evaluation.smoke import REPETITION_BOUND
 from weaver.models.checkpoint import load_tokenizer
 from weaver.models.loading import load_model
-from weaver.models.locate import locate, weight_files
+from weaver.models.locate import local_path, locate, weight_files
 from weaver.rundir.converted_model import converted_folder
 from weaver.rundir.stage_folders import STAGE_FOLDERS
 
@@ -105,7 +105,7 @@ def model_folder(name: str) -> Path:
     Raises:
         WeaverError: there is no such model; the run has not come to one yet.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.is_dir() or (path / "config.json").exists():
         return locate(ModelConfig(path=name))
     records = (path / stage / record for stage in STAGE_FOLDERS.values() for record in _RECORDS)

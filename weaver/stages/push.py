@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from weaver.artifacts.manifest import MANIFEST, REQUEST
 from weaver.errors import WeaverError
+from weaver.models.locate import local_path
 from weaver.stages.generate import model_folder
 
 # What the stage that made the folder left for weaver alone.
@@ -29,7 +28,7 @@ def push(source: str, repository: str, *, private: bool = False) -> str:
     Raises:
         WeaverError: there is no such model, nobody is logged in, or the hub refuses.
     """
-    if not Path(source).expanduser().is_dir():
+    if not local_path(source).is_dir():
         raise WeaverError(
             f"{source}: no such folder",
             why="what is uploaded lies here: a run directory, a model or an export",

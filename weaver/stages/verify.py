@@ -25,6 +25,7 @@ from weaver.evaluation.perplexity import chunk_losses
 from weaver.export.fresh import FreshModel, fresh_model
 from weaver.export.registry import GGUF
 from weaver.export.vllm_runtime import require_vllm
+from weaver.models.intake import check_windows
 from weaver.models.moe import MoEFeedForward
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext
@@ -54,6 +55,7 @@ def verify(
     record = read_json(export / RECORD, rebuild=f"weaver export {context.run_dir} --force")
     runtime = _check_runtime(record["target"], config)
     windows_WT = _windows(context, config, converted)
+    check_windows(converted.dense.config, windows_WT, what=converted.dense.model.path)
     native = converted.load(config.dtype)
     if runtime == "llama.cpp":
         return verify_gguf(context, export, native, windows_WT, config)
