@@ -233,7 +233,8 @@ def convert(
         calibration: a calibrate folder of another run, which replaces this run's own.
         sections: other values by section, as in a run file:
             ``{"calibrate": {"tokens": 16384}, "partition": {"num_experts": 8}}``.
-        settings: seed, data_dir, progress, force, trust_remote_code: see ``Run``. What is forced is this call alone.
+        settings: seed, data_dir, progress, force, trust_remote_code: see ``Run``. What is
+            forced is this call alone.
 
     Returns:
         The run, whose methods measure, train and export the model.

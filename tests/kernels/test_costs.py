@@ -144,3 +144,18 @@ def test_a_measurement() -> None:
         assert all(value > 0 for value in seconds)
     assert found.dense[-1] > 3 * found.dense[0]
     assert found.masked[-1] > 2 * found.expert[-1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 99_999,
+        '{"dense": "abcde", "masked": "abcde", "expert": "abcde", "routing": "abcde"}',
+        json.dumps(dict.fromkeys(("dense", "masked", "expert", "routing"), [1.0, 1, 1, 1, "1"])),
+        json.dumps(dict.fromkeys(("dense", "masked", "expert", "routing"), [1.0] * 4)),
+        json.dumps(dict.fromkeys(("dense", "masked", "expert", "routing"), [-1.0] * 5)),
+    ],
+)
+def test_a_damaged_file_is_measured_again(text: str, tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text(text)
+    assert costs_module._read(tmp_path / "costs.json") is None

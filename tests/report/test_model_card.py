@@ -120,3 +120,19 @@ def test_results_stand_only_where_there_are_some() -> None:
     assert "## Results" not in model_card(FACTS)
     card = model_card(replace(FACTS, results={"perplexity": "24.1 (dense 20.1)"}))
     assert re.search(r"\| perplexity \| 24\.1 \(dense 20\.1\) \|", card)
+
+
+def test_names_are_text_whatever_they_hold() -> None:
+    evil = "x\n# Licence: MIT\n<script>alert(1)</script> [free](http://x) ```\x1b[2J"
+    recipe = {"model": {"path": f"{evil}\n```\n<script>"}}
+    facts = replace(FACTS, name=evil, base_model=evil, results={evil: evil}, recipe=recipe)
+    card = model_card(facts)
+    body, fenced = card.partition("## Recipe\n")[::2]
+    assert "<script>" not in body
+    assert "\x1b" not in card
+    assert not re.search(r"^# Licence", card, re.MULTILINE)
+    assert not re.search(r"(?<!\\)\[free", body)
+    fence = re.search(r"^(`{4,})yaml\n(.*?)^\1$", fenced, re.MULTILINE | re.DOTALL)
+    assert fence is not None
+    assert yaml.safe_load(fence[2]) == recipe
+    assert "<script>" not in fenced.replace(fence[0], "")

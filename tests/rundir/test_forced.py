@@ -146,7 +146,7 @@ def test_neither_another_stage_nor_what_a_link_leads_to_is_emptied(run_dir: Path
     (run_dir / "router").symlink_to(calibration)
     before = file_times(calibration)
 
-    with pytest.raises(WeaverError, match="is a calibrate stage, not build-router|symbolic link"):
+    with pytest.raises(WeaverError, match="is a symbolic link"):
         _build(run_dir)
 
     elsewhere = run_dir.parent / "elsewhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from weaver.cli import (
 )
 from weaver.cli.session import is_follower
 from weaver.errors import WeaverError
+from weaver.report.terminal import make_console
 
 # Signals that end a command as Ctrl-C does, and what it is then told. The exit code is that of a
 # shell: 128 and the number of the signal.
@@ -51,7 +53,7 @@ class WeaverGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
-        console = Console(stderr=True, soft_wrap=True)
+        console = make_console(stderr=True, soft_wrap=True)
         interruption = _Interruption()
         try:
             return super().invoke(ctx)
@@ -62,6 +64,9 @@ class WeaverGroup(TyperGroup):
                 _print_error(console, error)
             raise typer.Exit(1) from error
         except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, OSError) and interruption.signal is None:
+                _print_error(console, _os_error(error))
+                raise typer.Exit(1) from error
             number = interruption.signal
             if number is None and isinstance(error, KeyboardInterrupt):
                 number = signal.SIGINT
@@ -91,9 +96,19 @@ class _Interruption:
             if signal.getsignal(each) in (signal.default_int_handler, signal.SIG_DFL):
                 signal.signal(each, self._note)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(signum)
         raise KeyboardInterrupt
+
+
+def _os_error(error: OSError) -> WeaverError:
+    """A file that could not be read or written, where nobody knew more about it."""
+    where = error.filename if isinstance(error.filename, str) else "the output"
+    return WeaverError(
+        f"{where[:200]}: cannot be read or written",
+        why=error.strerror or str(error) or type(error).__name__,
+        fix="check the name, the rights and the free space, then rerun the same command",
+    )
 
 
 def _print_error(console: Console, error: WeaverError) -> None:
@@ -168,5 +183,20 @@ for _group, _commands in GROUPS.items():
 
 def main() -> None:
     """Entry point of the ``weaver`` command."""
-    app(prog_name="weaver")
-    sys.exit(0)
+    try:
+        app(prog_name="weaver", standalone_mode=True)
+    except OSError as error:
+        _output_failed(error)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            _output_failed(error)
+
+
+def _output_failed(error: OSError) -> None:
+    """End with an error where nothing more can be printed, as on a full disk."""
+    # What is left in the buffer would fail once more when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_error(make_console(stderr=True, soft_wrap=True), _os_error(error))
+    sys.exit(1)

@@ -56,7 +56,12 @@ def convert(
 
     output = Output(quiet, as_json)
     context = make_context(
-        out, output, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir,
+        out,
+        output,
+        seed=settings.seed,
+        force=force,
+        dry_run=False,
+        data_dir=data_dir,
         trust_remote_code=settings.model.trust_remote_code,
     )
     run_pipeline(

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from weaver.cli.session import quiet_libraries
 from weaver.config.sections import DtypeName
 from weaver.errors import WeaverError
 from weaver.report.tables import format_number, format_seconds
+from weaver.report.terminal import make_console, printable
 
 if TYPE_CHECKING:
     from weaver.stages.generate import Generated
@@ -85,11 +85,11 @@ def _without_notices() -> Iterator[None]:
 
 
 def _print_text(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _report(written: Generated, *, greedy: bool) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = make_console(stderr=True, soft_wrap=True, highlight=False)
     rate = format_number(written.tokens / written.seconds)
     console.print(f"{written.tokens} tokens in {format_seconds(written.seconds)}, {rate} tokens/s")
     if written.problem is not None:

@@ -18,7 +18,9 @@ Overrides = Annotated[
     typer.Option("--set", "-s", help="section.key=value, over the file; may be repeated."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Root of all randomness.")]
-Force = Annotated[bool, typer.Option("--force", help="Make the stage again, in place of what its folder holds.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Make the stage again, in place of what its folder holds.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run, be skipped or be refused.")
 ]

@@ -40,7 +40,12 @@ def run(
 
     output = Output(quiet, as_json)
     context = make_context(
-        run_dir, output, seed=settings.seed, force=force, dry_run=False, data_dir=data_dir,
+        run_dir,
+        output,
+        seed=settings.seed,
+        force=force,
+        dry_run=False,
+        data_dir=data_dir,
         trust_remote_code=settings.model.trust_remote_code,
     )
     calls = stage_calls(settings, calibration)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from weaver.cli.show import show_manifest
+from weaver.report.terminal import make_console
 
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
@@ -27,7 +26,7 @@ def _columns() -> int | None:
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
 
 
-console = Console(highlight=False, soft_wrap=True, width=_columns())
+console = make_console(highlight=False, soft_wrap=True, width=_columns())
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Output:
     def note(self, line: str) -> None:
         """Print a line about a stage at work."""
         if not self.quiet:
-            where = Console(stderr=True, soft_wrap=True) if self.as_json else console
+            where = make_console(stderr=True, soft_wrap=True) if self.as_json else console
             where.print(line, markup=False, highlight=False)
 
     def stage(self, name: str, manifest: StageManifest, folder: Path) -> None:
@@ -60,7 +59,7 @@ class Output:
             return
         from weaver.cli.show_summaries import show_warnings
 
-        show_warnings(Console(stderr=True, soft_wrap=True), name, manifest.summary)
+        show_warnings(make_console(stderr=True, soft_wrap=True), name, manifest.summary)
 
     def finish(self, *, single: bool) -> None:
         """Print the JSON: of the one stage, or of all in a list."""

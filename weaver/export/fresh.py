@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,7 @@ def fresh_model(
                 command,
                 text=True,
                 cwd=folder,
+                env=_environment(folder),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -105,6 +107,14 @@ def fresh_model(
         finally:
             process.kill()
             process.communicate()
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """What the process may know of this one's: threads and devices, but no home and no token."""
+    kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "CUDA_VISIBLE_DEVICES")
+    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    values = {name: os.environ[name] for name in (*kept, *threads) if name in os.environ}
+    return values | {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
 
 
 def answered(process: subprocess.Popen[str], expected: str, errors: Path) -> str:

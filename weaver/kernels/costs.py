@@ -9,8 +9,8 @@ choice made from them, and with it every bit of the output, stays the same from 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights
 from weaver.artifacts.cache import cache_folder, cache_lock
+from weaver.artifacts.header import parse_json
 from weaver.artifacts.store import write_json
 from weaver.artifacts.types import Router
 from weaver.errors import WeaverError
@@ -160,10 +161,19 @@ def costs_of(kind: LayerKind) -> Costs:
 def _read(file: FilePath) -> Costs | None:
     """Read the costs from a file; None if it is missing or damaged."""
     try:
-        values = json.loads(file.read_text())
-        return Costs(**{field.name: tuple(values[field.name]) for field in fields(Costs)})
+        values = parse_json(file.read_bytes())
+        return Costs(**{field.name: _seconds(values[field.name]) for field in fields(Costs)})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def _seconds(values: object) -> tuple[float, ...]:
+    """One positive number for each of ``TOKENS``."""
+    if not isinstance(values, list) or len(values) != len(TOKENS):
+        raise ValueError("not one time for each number of tokens")
+    if not all(isinstance(each, float) and 0 < each < math.inf for each in values):
+        raise ValueError("a time is a positive number")
+    return tuple(values)
 
 
 @torch.no_grad()

@@ -121,6 +121,8 @@ def model_type_of(folder: Path) -> str:
 
 def _read_values(folder: Path) -> dict[str, Any]:
     what, path = f"{folder}: {_NO_CONFIG}", inside(folder, "config.json")
+    if not path.is_file():
+        raise WeaverError(what, why="config.json is missing", fix=_NAME_A_MODEL)
     try:
         values = read_json(path, rebuild=_NAME_A_MODEL)
     except WeaverError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -11,6 +12,7 @@ import yaml
 
 from weaver.artifacts.types import Selection
 from weaver.report.tables import format_count, format_percent, markdown_table
+from weaver.report.terminal import plain_line
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ class ModelCardFacts:
 
 
 def model_card(facts: ModelCardFacts) -> str:
-    """README.md of a converted model: YAML front matter as the hub reads it, then the text."""
+    """README.md of a converted model: YAML front matter as the hub reads it, then the text.
+
+    Names out of files and folders are text in it, whatever markup they hold.
+    """
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
-        f"# {facts.name}\n",
+        f"# {plain_line(facts.name)}\n",
         _summary(facts),
         "## Loading\n",
         facts.loading or _LOADING,
@@ -113,7 +118,7 @@ def model_card(facts: ModelCardFacts) -> str:
         *(["## Results\n", _results(facts)] if facts.results else []),
         "## Recipe\n",
         "`weaver run` with this configuration makes the same model again.\n",
-        f"```yaml\n{yaml.safe_dump(facts.recipe, sort_keys=False)}```\n",
+        _fenced(yaml.safe_dump(facts.recipe, sort_keys=False)),
         "## Limitations\n",
         _limitations(facts),
     ]
@@ -152,7 +157,7 @@ def _summary(facts: ModelCardFacts) -> str:
         else "none"
     )
     rows = [
-        ("base model", facts.base_model),
+        ("base model", plain_line(facts.base_model)),
         ("method", f"{facts.method} ({facts.method_source})"),
         ("router", facts.router or "none: the same neurons are active for every token"),
         ("FFN sparsity", format_percent(facts.ffn_sparsity)),
@@ -162,9 +167,10 @@ def _summary(facts: ModelCardFacts) -> str:
         ("training", training),
         ("made with", f"weaver {facts.weaver_version}"),
     ]
+    split = _EVERY_FFN if facts.two_level else "every feed-forward layer"
     return (
         f"A {'static pruning' if facts.router is None else 'Mixture-of-Experts conversion'} of "
-        f"{facts.base_model}: {_EVERY_FFN if facts.two_level else 'every feed-forward layer'} is "
+        f"{plain_line(facts.base_model)}: {split} is "
         "split into neurons that all tokens use"
         f"{'' if facts.router is None else ' and experts that a router chooses per token'}.\n\n"
         + markdown_table(("", "value"), rows)
@@ -206,7 +212,15 @@ def _layout(facts: ModelCardFacts) -> str:
 
 
 def _results(facts: ModelCardFacts) -> str:
-    return markdown_table(("measure", "value"), list(facts.results.items()))
+    rows = [tuple(map(plain_line, row)) for row in facts.results.items()]
+    return markdown_table(("measure", "value"), rows)
+
+
+def _fenced(text: str) -> str:
+    """YAML as code, in a fence longer than any in it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{text}{fence}\n"
 
 
 def _limitations(facts: ModelCardFacts) -> str:

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from weaver.report.tables import format_seconds
+from weaver.report.terminal import make_console
 
 # In a log, at most one line in this many seconds, and one at the end.
 LOG_SECONDS = 10.0
@@ -66,7 +67,7 @@ def stage_progress(console: Console | None = None) -> StageProgress:
     A terminal gets a bar with count, elapsed and remaining time. Anything else gets plain lines,
     one in 10 seconds at most, and one at the end of a block that was not left by an error.
     """
-    return StageProgress(console or Console(stderr=True))
+    return StageProgress(console or make_console(stderr=True))
 
 
 @contextmanager

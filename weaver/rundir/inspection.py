@@ -105,7 +105,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-
 def _check_request(folder: Path, manifest: StageManifest) -> None:
     """The manifest says what ``stage.json`` said before the stage began."""
     command = stage_command(manifest.request.stage, folder.parent)

@@ -29,7 +29,13 @@ from weaver.artifacts.manifest import (
     versions,
     write_manifest,
 )
-from weaver.artifacts.store import check_tensors_file, disk_errors, file_digest, sync_folder, write_json
+from weaver.artifacts.store import (
+    check_tensors_file,
+    disk_errors,
+    file_digest,
+    sync_folder,
+    write_json,
+)
 from weaver.artifacts.summaries import Summary
 from weaver.errors import WeaverError, shell
 from weaver.rundir.stage_folders import (
@@ -262,7 +268,9 @@ class StageRun:
         """
         if not path.exists():
             return False
-        check_tensors_file(path, rebuild=f"{shell('rm', path)}, then rerun {self.command} as before")
+        check_tensors_file(
+            path, rebuild=f"{shell('rm', path)}, then rerun {self.command} as before"
+        )
         return True
 
     def finish(self, summary: Summary) -> StageManifest:

@@ -197,7 +197,8 @@ def _write_own(
     groups = [checkpoint.outer_names()]
     prefixes = [f"{checkpoint.family.layers}.{i}." for i in range(checkpoint.num_layers)]
     groups += [[n for n in checkpoint.names() if n.startswith(prefix)] for prefix in prefixes]
-    _write_weights(context, plan, folder, [_copied(checkpoint, names, plan.dtype) for names in groups])
+    parts = [_copied(checkpoint, names, plan.dtype) for names in groups]
+    _write_weights(context, plan, folder, parts)
     checkpoint.config.dtype = plan.dtype
     _write_companions(plan, folder, partial(save_config, checkpoint.config))
     if not plan.config.remote_code:
@@ -275,8 +276,6 @@ def _write_weights(
         write_shards(folder, parts, limit, advance)
 
 
-def _write_companions(
-    plan: ExportPlan, folder: Path, write_config: Callable[[Path], None]
-) -> None:
+def _write_companions(plan: ExportPlan, folder: Path, write_config: Callable[[Path], None]) -> None:
     copy_companions(plan.converted.folder, folder)
     write_config(folder)

@@ -165,7 +165,8 @@ def _with_folder(error: DivergedError, folder: Path) -> WeaverError:
         f"{error.what}; the best weights, of step {error.best.step} with a held-out KL of "
         f"{error.best.held_out.kl:.4f}, are in {folder}",
         why=error.why,
-        fix=f"{error.fix}; {shell('cp', '-r', folder, 'ELSEWHERE')} first to keep it, since --force makes it anew",
+        fix=f"{error.fix}; {shell('cp', '-r', folder, 'ELSEWHERE')} first to keep it, since "
+        "--force makes it anew",
     )
 
 

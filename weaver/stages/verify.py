@@ -28,6 +28,7 @@ from weaver.export.vllm_runtime import require_vllm
 from weaver.models.intake import check_windows
 from weaver.models.moe import MoEFeedForward
 from weaver.rundir.converted_model import ConvertedModel, open_converted
+from weaver.rundir.stage_folders import check_contents, stage_command
 from weaver.rundir.stage_run import StageContext
 from weaver.stages.verify_listed import prompts_of, same_text, verify_gguf, verify_in_vllm
 
@@ -52,7 +53,8 @@ def verify(
     converted = open_converted(context)
     if finished:
         _check_same_source(export, converted)
-    record = read_json(export / RECORD, rebuild=f"weaver export {context.run_dir} --force")
+    command = stage_command("export", context.run_dir)
+    record = read_json(export / RECORD, rebuild=f"{command} --force")
     runtime = _check_runtime(record["target"], config)
     windows_WT = _windows(context, config, converted)
     check_windows(converted.dense.config, windows_WT, what=converted.dense.model.path)
@@ -66,7 +68,7 @@ def verify(
         raise WeaverError(
             f"{export}: weaver's own type, without its code",
             why="in a process without weaver nothing could load it",
-            fix=f"weaver export {context.run_dir} --to weaver --remote-code --force",
+            fix=f"{command} --to weaver --remote-code --force",
         )
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else native.dtype
     prompts_PT = prompts_of(windows_WT)
@@ -223,7 +225,10 @@ def _check_same_source(export: Path, converted: ConvertedModel) -> None:
             why=f"it holds no {MANIFEST}",
             fix="weaver export RUN --to TARGET --out DIR",
         )
-    made_from = read_manifest(export, rebuild="weaver export RUN --force").request.inputs
+    manifest = read_manifest(export, rebuild="weaver export RUN --force")
+    # Its code will run, so that it has to be what weaver wrote.
+    check_contents(export, manifest)
+    made_from = manifest.request.inputs
     if made_from.get(converted.stage) is None or (
         made_from[converted.stage].digest != converted.ref.digest
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -68,6 +69,62 @@ def test_a_finished_build_is_renamed_into_place(
     build._build(library)
     assert len(calls) == 1
     assert "-march=native" in calls[0]
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    # What a killed compiler left is removed by the next one, and a damaged library made anew.
+    (empty_cache / f"{build.BUILDING}x").mkdir()
+    library.write_text("libr")
+    build._build(library)
+    assert (len(calls), library.read_text()) == (2, "library")
+    assert not (empty_cache / f"{build.BUILDING}x").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF cut off"])
+def test_a_damaged_library_is_not_loaded(
+    content: bytes, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a truncated one ends the process with SIGBUS."""
+    built, loaded = [], []
+    monkeypatch.setattr(build, "_build", lambda path: built.append(path))
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    library = compiled_kernel()
+    library.parent.mkdir(mode=0o700)
+    library.write_bytes(content)
+    build._digest_file(library).write_text("0" * 64)
+    build.is_available()
+    assert built == [library]
+
+
+@pytest.mark.parametrize("what", ["folder", "library", "cache", "link", "owner"])
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    what: str,
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(torch.ops, "weaver_cpu", object())
+    library = compiled_kernel()
+    library.parent.mkdir(mode=0o700)
+    library.write_bytes(b"somebody's code")
+    digest = hashlib.sha256(b"somebody's code").hexdigest()
+    build._digest_file(library).write_text(digest)
+    opened = {"folder": library.parent, "library": library, "cache": empty_cache}
+    if what in opened:
+        opened[what].chmod(0o777)
+    elif what == "link":
+        library.rename(empty_cache / "elsewhere.so")
+        library.symlink_to(empty_cache / "elsewhere.so")
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        os.chown(library.parent, 54321, -1) if os.getuid() == 0 else None
+        if os.getuid() != 0:
+            monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with caplog.at_level(logging.WARNING):
+        assert not build.is_available()
+    assert not loaded
+    assert "The CPU kernel is not used" in caplog.text
+    opened.get(what, library.parent).chmod(0o700)
 
 
 def test_another_processor_or_torch_has_another_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 The library is made for the processor it runs on (``-march=native``) and against the installed
 torch, so its folder is named after both and after the source. It is built in a temporary folder
-and renamed into place: whoever is killed meanwhile leaves nothing behind, and a lock lets only one
-process compile.
+and renamed into place, and a lock lets only one process compile; what a killed one left behind is
+removed by the next. A library is code: it is loaded only where nobody else can have written it, and
+while it has the digest that was noted when it was built.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -23,10 +25,13 @@ from subprocess import SubprocessError
 
 import torch
 
-from weaver.artifacts.cache import cache_folder, cache_lock
+from weaver.artifacts.cache import cache_folder, cache_lock, check_own, make_private
+from weaver.artifacts.store import write_text
 from weaver.kernels.machine import cpu_features
 
 NAME = "weaver_cpu"
+# Folders in which a library is being compiled.
+BUILDING = "building-"
 SOURCES = ("kernel.cpp", *sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi")
 
@@ -41,10 +46,19 @@ def is_available() -> bool:
     """
     library = compiled_kernel()
     try:
-        if not library.exists():
+        if not _is_whole(library):
             _build(library)
+        for path in (cache_folder(), library.parent, library):
+            check_own(path)
         if not hasattr(torch.ops.weaver_cpu, "moe"):
             torch.ops.load_library(str(library))
+    except PermissionError as error:
+        _log.warning(
+            "The CPU kernel is not used (%s). torch's own operations take its place and are "
+            "slower. To get it: set WEAVER_CACHE to a folder that only you can write.",
+            error,
+        )
+        return False
     except (OSError, RuntimeError, SubprocessError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         _log.warning(
@@ -66,17 +80,34 @@ def compiled_kernel() -> Path:
     return cache_folder() / f"kernel-{digest.hexdigest()[:16]}" / f"{NAME}.so"
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there as it was built: a damaged one would end the process."""
+    try:
+        with library.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        return _digest_file(library).read_text() == found
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
 def _build(library: Path) -> None:
     # Slow to import, and not needed where the library is there.
     from torch.utils import cpp_extension
 
     with cache_lock("build"):
-        if library.exists():
+        if _is_whole(library):
             return
+        for leftover in cache_folder().glob(f"{BUILDING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         _log.warning("Compiling the CPU kernel, once for this machine; it takes about a minute.")
         # at::parallel_for is OpenMP on Linux; the runtime is the one that torch has loaded.
         flags = [*FLAGS, "-fopenmp"] if sys.platform == "linux" else list(FLAGS)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder, _scripts_on_path():
+        folders = tempfile.TemporaryDirectory(dir=cache_folder(), prefix=BUILDING)
+        with folders as folder, _scripts_on_path():
             cpp_extension.load(
                 NAME,
                 [str(Path(__file__).parent / "kernel.cpp")],
@@ -84,8 +115,12 @@ def _build(library: Path) -> None:
                 build_directory=folder,
                 is_python_module=False,
             )
-            library.parent.mkdir(exist_ok=True)
-            os.replace(Path(folder) / f"{NAME}.so", library)
+            make_private(library.parent)
+            built = Path(folder) / f"{NAME}.so"
+            built.chmod(0o700)
+            digest = hashlib.sha256(built.read_bytes()).hexdigest()
+            os.replace(built, library)
+            write_text(_digest_file(library), digest)
 
 
 @contextmanager
