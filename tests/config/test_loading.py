@@ -214,3 +214,27 @@ def test_parsing_a_mapping() -> None:
     assert found.windows == 2
     with pytest.raises(WeaverError, match="here: wndows: Extra inputs are not permitted"):
         parse_config(EvalConfig, {"wndows": 2}, source="here")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[" * 5000,
+        "{a: " * 5000,
+        "2024-13-45",
+        "2024-01-01T99:99:99",
+        "0x",
+        "9" * 6000,
+        '"\\ud800"',
+        "!!python/object:os.system x",
+        "[&a [x, x], &b [*a, *a], &c [*b, *b], "
+        + ", ".join(f"&{chr(100 + i)} [*{chr(99 + i)}, *{chr(99 + i)}]" for i in range(20))
+        + "]",
+    ],
+)
+def test_values_that_trip_the_library_up(path: Path, value: str) -> None:
+    path.write_text(f"partition:\n  options: {value}\n", encoding="utf-8")
+    with pytest.raises(WeaverError, match=r"not valid YAML|options"):
+        load_run_config(path)
+    with pytest.raises(WeaverError, match=r"not YAML|options"):
+        load_run_config(None, ["model=m", f"partition.options={value}"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from weaver.data.packing import MIN_SAMPLE_TOKENS, PackedTokens, _shares, pack, windows
+from weaver.data.packing import MIN_SAMPLE_TOKENS, PackedTokens, _shares, _token_ids, pack, windows
 from weaver.data.sources import DataSpec, Document
 from weaver.errors import WeaverError
 
@@ -228,3 +228,22 @@ def test_windows_need_one_window(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
         windows([Document("abc", "g")], tiny_tokenizer, sequence_length=4, limit=None)
     with pytest.raises(ValueError, match="limit are positive"):
         windows([Document("abc", "g")], tiny_tokenizer, sequence_length=2, limit=0)
+
+
+def test_no_more_of_a_long_text_is_read_than_is_wanted(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """The same tokens as of the whole text, of which only the first part is ever tokenised."""
+    seen = []
+
+    class Watched:
+        def __call__(self, text: str, **options: object) -> object:
+            seen.append(len(text))
+            return tiny_tokenizer(text, **options)
+
+    for text in ("word " * 100_000, "x" * 500_000):
+        seen.clear()
+        expected = tiny_tokenizer(text[:40])["input_ids"]
+        assert _token_ids(Watched(), text, 40) == expected[:40]  # type: ignore[arg-type]
+        assert max(seen) < 5000
+    assert _token_ids(tiny_tokenizer, "short", 40) == tiny_tokenizer("short")["input_ids"]

@@ -208,3 +208,12 @@ def test_hub_errors(hub_folder: Path) -> None:
 def test_hub_locations_that_are_malformed(location: str) -> None:
     with pytest.raises(WeaverError, match="not a location on the hub"):
         hub_rows(location)
+
+
+@pytest.mark.parametrize("row", ['{"text": ' + "[" * 99_999, '{"text": "\\ud800"}', "9" * 6000])
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_rows_that_trip_the_parser_up(row: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind}"
+    path.write_text(row)
+    with pytest.raises(WeaverError, match=r"rows\.json"):
+        read_documents(str(path), None)

@@ -101,7 +101,18 @@ def test_who_waits_goes_on_with_what_the_first_one_measured(
     other.join()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"dense": 1}'])
+def _file(times: object) -> str:
+    return json.dumps({field: times for field in asdict(COSTS)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"dense": 1}', "[" * 99_999, _file("abcde"), _file([1.0] * 4)),
+        *(_file([1.0, 1.0, 1.0, 1.0, "1"]), _file([-1.0] * 5), _file([float("nan")] * 5)),
+    ],
+    ids=range(11),
+)
 def test_a_damaged_file_is_measured_again(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(costs, "measure", lambda _family: COSTS)
     FAMILY.file.write_text(text)
@@ -144,18 +155,3 @@ def test_a_measurement() -> None:
         assert all(value > 0 for value in seconds)
     assert found.dense[-1] > 3 * found.dense[0]
     assert found.masked[-1] > 2 * found.expert[-1]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 99_999,
-        '{"dense": "abcde", "masked": "abcde", "expert": "abcde", "routing": "abcde"}',
-        json.dumps(dict.fromkeys(("dense", "masked", "expert", "routing"), [1.0, 1, 1, 1, "1"])),
-        json.dumps(dict.fromkeys(("dense", "masked", "expert", "routing"), [1.0] * 4)),
-        json.dumps(dict.fromkeys(("dense", "masked", "expert", "routing"), [-1.0] * 5)),
-    ],
-)
-def test_a_damaged_file_is_measured_again(text: str, tmp_path: Path) -> None:
-    (tmp_path / "costs.json").write_text(text)
-    assert costs_module._read(tmp_path / "costs.json") is None

@@ -155,7 +155,7 @@ def _tokenizer(change: Callable[[dict[str, Any]], Any]) -> Damage:
         _raw("tokenizer.json", "[" * 99_999),
         _raw("tokenizer_config.json", "{"),
         _raw("tokenizer_config.json", "3"),
-        _tokenizer(lambda t: []),
+        _raw("tokenizer.json", "[]"),
         _tokenizer(lambda t: t | {"model": {"type": "no such"}}),
         _tokenizer(lambda t: t | {"model": t["model"] | {"vocab": {"a": -1}}}),
         _tokenizer(lambda t: t | {"model": t["model"] | {"merges": [["x", "y"]]}}),
@@ -241,16 +241,12 @@ def test_a_file_without_the_right_to_read_is_not_called_damaged(
     assert "fetch" not in caught.value.fix
 
 
-def test_thousands_of_tensors_are_opened_once(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thousands_of_tensors_are_opened_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from weaver.models import tensors
 
     opened = []
     real = tensors.safe_open
-    monkeypatch.setattr(
-        tensors, "safe_open", lambda *a, **n: opened.append(a) or real(*a, **n)
-    )
+    monkeypatch.setattr(tensors, "safe_open", lambda *a, **n: opened.append(a) or real(*a, **n))
     checkpoint = Checkpoint(ModelConfig(path=str(model)))
     for name in checkpoint.names():
         checkpoint.tensor(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -86,8 +87,10 @@ def test_a_difference_does_not_go_unnoticed(run_dir: Path, tmp_path: Path) -> No
             # Other experts are selected; everything else is as it was.
             layer.mlp.gate.weight.mul_(-1)
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    written = {"config.json", "generation_config.json", "model.safetensors"}
     model.save_pretrained(folder)
     shutil.copyfile(tmp_path / "config.json", folder / "config.json")
+    add_to_stage(folder, [path for path in folder.iterdir() if path.name in written])
     result = compare(run_dir, folder)
     assert result.kl is not None
     assert result.kl > 1e-4
@@ -300,3 +303,37 @@ def test_what_does_not_load_elsewhere_is_an_error(tmp_path: Path) -> None:
     ):
         pass
     assert "weaver_llama" in caught.value.why
+
+
+def test_code_that_is_not_what_weaver_wrote_does_not_run(run_dir: Path, tmp_path: Path) -> None:
+    out, trace = tmp_path / "out", tmp_path / "trace"
+    write(run_dir, out=out, target="weaver", remote_code=True)
+    code = out / "modeling_weaver.py"
+    whole = code.read_text()
+    code.write_text(f"open({str(trace)!r}, 'w').close()\n{whole}")
+    with pytest.raises(WeaverError, match=r"modeling_weaver\.py: digest \w+ instead of"):
+        compare(run_dir, out)
+    code.write_text(whole)
+    (out / "extra.py").write_text("")
+    with pytest.raises(WeaverError, match=r"extra\.py: not an output of export"):
+        compare(run_dir, out)
+    assert not trace.exists()
+
+
+def test_the_process_of_an_export_has_no_token_and_no_home(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export is given code that writes down its environment, as one with a manifest to match
+    would have it."""
+    out, trace = tmp_path / "out", tmp_path / "trace"
+    write(run_dir, out=out, target="weaver", remote_code=True)
+    code = out / "modeling_weaver.py"
+    said = f"open({str(trace)!r}, 'w').write(json.dumps(dict(os.environ)))"
+    code.write_text(f"{code.read_text()}\nimport json, os\n{said}\n")
+    add_to_stage(out, [code])
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    compare(run_dir, out)
+    seen = json.loads(trace.read_text())
+    assert "secret" not in seen.values()
+    assert seen["HOME"] != os.environ["HOME"]

@@ -67,15 +67,19 @@ class Header:
         return self.start + max((entry.end for entry in self.entries.values()), default=0)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = True) -> Any:
     """Parse JSON of which nothing is known.
+
+    Args:
+        text: the JSON.
+        unique: refuse a mapping in which a name stands twice.
 
     Raises:
         ValueError: it is not JSON, nested too deeply, holds a number with thousands of digits, half
-            of a surrogate pair, or a name twice.
+            of a surrogate pair, or with ``unique`` a name twice.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
         # Half of a pair is JSON, but no text: it could be neither printed nor written.
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:

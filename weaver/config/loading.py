@@ -21,9 +21,11 @@ from weaver.config.sections import (
     RouterConfig,
     Section,
 )
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 
 S = TypeVar("S", bound=Section)
+# No run file comes near it.
+MAX_YAML_BYTES = 2**20
 
 
 class RunConfig(Section):
@@ -157,10 +159,10 @@ def read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
                 fix="name an existing file; weaver convert MODEL RUN_DIR needs none",
             )
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raw = _parse_yaml(path.read_text(encoding="utf-8")) or {}
+        except ValueError as error:
             raise WeaverError(
-                f"{path}: not valid YAML", why=str(error), fix=f"mend {path}"
+                f"{path}: not valid YAML", why=str(error), fix=f"mend {shell(path)}"
             ) from error
     if not isinstance(raw, dict):
         raise WeaverError(
@@ -173,6 +175,27 @@ def read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
         _apply_override(raw, override)
         _expand_model(raw)
     return raw
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML of which nothing is known.
+
+    Raises:
+        ValueError: it is not YAML, nested too deeply, or holds a value that only looks like one of
+            its types, such as the timestamp 2024-13-45 and the number 0x; or half of a surrogate
+            pair.
+    """
+    try:
+        value = yaml.safe_load(text)
+        # Nested lists that are shared, which a few lines of aliases make billions of, end here too.
+        if len(yaml.safe_dump(value, allow_unicode=True).encode()) > MAX_YAML_BYTES:
+            raise ValueError(f"more than {MAX_YAML_BYTES} bytes")
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    # The library raises whatever its constructors trip over.
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return value
 
 
 def _expand_model(raw: dict[str, Any]) -> None:
@@ -258,8 +281,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             child = target[name] = {}
         target = child
     try:
-        target[key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        target[key] = _parse_yaml(value)
+    except ValueError as error:
         raise WeaverError(
             f"override {override!r}: the value is not YAML",
             why=" ".join(str(error).split()),

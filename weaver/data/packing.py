@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # With many groups and few tokens a sample is shorter than a window, but never shorter than this:
 # the statistics of a shorter one say little.
 MIN_SAMPLE_TOKENS = 32
+# Characters of a long text that are read at first per token that is wanted, and tokens in front of
+# a cut that are left out.
+CHARACTERS, SPARE_TOKENS = 8, 64
 
 ItemT = TypeVar("ItemT")
 
@@ -181,9 +184,9 @@ def windows(
     if sequence_length < 1 or (limit is not None and limit < 1):
         raise ValueError("sequence_length and limit are positive")
     text = "\n\n".join(document.text for document in _take_turns(by_group(documents)))
-    ids = _token_ids(tokenizer, text)
     prefix, _ = separators(tokenizer)
     body = sequence_length - len(prefix)
+    ids = _token_ids(tokenizer, text, None if limit is None else limit * max(body, 1))
     count = len(ids) // body if body > 0 else 0
     if count == 0:
         raise WeaverError(
@@ -242,9 +245,16 @@ def group_samples(
     prefix, suffix = separators(tokenizer)
     # A separator that fills the whole sample would leave no text.
     body = max(limit - len(prefix) - len(suffix), 1)
-    rests: deque[tuple[list[int], str]] = deque()
+    long: list[Document] = []
     for document in documents:
-        ids = _token_ids(tokenizer, document.text)
+        ids = _token_ids(tokenizer, document.text, body + 1)
+        if ids:
+            yield Sample(prefix + ids[:body] + suffix, document.group)
+        if len(ids) > body:
+            long.append(document)
+    rests: deque[tuple[list[int], str]] = deque()
+    for document in long:
+        ids = _token_ids(tokenizer, document.text)[body:]
         if ids:
             yield Sample(prefix + ids[:body] + suffix, document.group)
             rests.append((ids[body:], document.group))
@@ -286,10 +296,22 @@ def separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     return [], [] if eos is None else [int(eos)]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, at_most: int | None = None
+) -> list[int]:
+    """Ids of a text, or the first of them: no more of a long text is read than gives so many."""
+    characters = None if at_most is None else CHARACTERS * (at_most + SPARE_TOKENS)
+    while at_most is not None and characters is not None and characters < len(text):
+        # Up to a space, where pieces of text that become tokens end.
+        head = text[: max(text.rfind(" ", characters // 2, characters), characters // 2)]
+        ids = _token_ids(tokenizer, head)
+        # A cut changes tokens in front of it, if any, and only few.
+        if len(ids) >= at_most + SPARE_TOKENS:
+            return ids[:at_most]
+        characters *= 4
     # verbose=False: a text longer than the model's context is expected here, it gets cut.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return ids if at_most is None else ids[:at_most]
 
 
 def _require_share(

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from weaver.artifacts.header import parse_json
 from weaver.data.hub import hub_rows
 from weaver.errors import WeaverError, require_extra
 
@@ -256,9 +257,10 @@ _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if "\n" not in text.strip() else f":{error.lineno}"
+        return parse_json(text, unique=False)
+    except ValueError as error:
+        lines = isinstance(error, json.JSONDecodeError) and "\n" in text.strip()
+        line = f":{error.lineno}" if lines else ""
         raise _malformed(f"{where}{line}", error) from error
 
 

@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 import bz2
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from weaver.artifacts.header import parse_json
 from weaver.errors import WeaverError
 
 TaskKind = Literal["multiple-choice", "schema", "completion"]
@@ -119,8 +119,8 @@ def _read_rows(handle: TextIO, path: Path) -> Iterator[tuple[TaskKind, TaskItem]
 
 def _parse_row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line, unique=False)
+    except ValueError as error:
         raise _problem(where, "not valid JSON", str(error), "mend or remove the line") from error
     if not isinstance(row, dict):
         why = "a row is one JSON object"

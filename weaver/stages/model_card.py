@@ -83,7 +83,7 @@ def base_license(folder: Path) -> str | None:
         try:
             said = read((folder / name).read_text(encoding="utf-8")).get("license")
         # Whatever a stranger wrote there: a licence that cannot be read is not recorded.
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
             continue
         if isinstance(said, str):
             return said

@@ -84,7 +84,7 @@ def test_a_damaged_library_is_not_loaded(
 ) -> None:
     """Loading a truncated one ends the process with SIGBUS."""
     built, loaded = [], []
-    monkeypatch.setattr(build, "_build", lambda path: built.append(path))
+    monkeypatch.setattr(build, "_build", built.append)
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     library = compiled_kernel()
     library.parent.mkdir(mode=0o700)
