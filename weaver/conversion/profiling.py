@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weaver.algorithms.glu import GluWeights
 from weaver.algorithms.statistics import LayerStatistics, input_rows, sample_positions
+from weaver.artifacts.finite import overflow_advice, require_finite
 from weaver.artifacts.sensitivities import Sensitivities
 from weaver.artifacts.store import read_metadata, write_tensors
 from weaver.artifacts.types import LayerProfile
@@ -270,6 +271,8 @@ class Profiler:
 
         run(observer)
         profile = statistics.finish(self.packed.sample_groups_M)
+        why, fix = overflow_advice(self.dtype)
+        require_finite(profile.tensors(), f"layer {layer}", why=why, fix=fix)
         if self.sensitivities is None:
             return profile
         return with_sensitivities(profile, self.sensitivities, layer)

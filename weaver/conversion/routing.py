@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from weaver.algorithms.glu import GluWeights
+from weaver.artifacts.finite import require_finite
 from weaver.artifacts.store import write_record
 from weaver.artifacts.types import Compensation, ExpertLayout, LayerProfile, Router, Selection
 from weaver.config.sections import RouterConfig
@@ -117,7 +118,19 @@ def _compensates(layout: ExpertLayout, config: RouterConfig) -> bool:
 
 
 def write_routed(folder: Path, layer: int, routed: RoutedLayer) -> None:
-    """Write a layer's records."""
+    """Write a layer's records.
+
+    Raises:
+        WeaverError: a value of the router or the compensation is NaN or infinite.
+    """
+    for record in (routed.router, routed.compensation):
+        if record is not None:
+            require_finite(
+                record.tensors(),
+                f"layer {layer}: {type(record).__name__.lower()}",
+                why="the regression has no solution on these tokens",
+                fix="more --tokens of other text, --set router.refit=false, or --dtype float32",
+            )
     if routed.compensation is not None:
         write_record(layer_path(folder / COMPENSATION_FOLDER, layer), routed.compensation)
     if routed.router is not None:

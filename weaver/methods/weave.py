@@ -95,7 +95,9 @@ def partition(
         chosen_TE = select(x_TD @ weight_ED.T + bias_E, top_k, options.selection)
         # 5. Give each neuron to the expert that runs when the neuron contributes, sizes equal.
         captured_nE = contribution_Tn.T @ chosen_TE
-        owner_n = balanced_assignment(-captured_nE / captured_nE.mean(), problem.expert_width)
+        # Where no neuron contributes anything, one expert is as good as another.
+        mean = captured_nE.mean().clamp_min(torch.finfo(captured_nE.dtype).tiny)
+        owner_n = balanced_assignment(-captured_nE / mean, problem.expert_width)
     layout = expert_layout(problem, shared_S, routed_n, owner_n, top_k)
     return replace(layout, selection=options.selection)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weaver.algorithms.glu import GluWeights, glu_forward
+from weaver.artifacts.finite import overflow_advice, require_finite
 from weaver.artifacts.store import disk_errors
 from weaver.artifacts.types import FIRST_TOKENS
 from weaver.models.checkpoint import Checkpoint
@@ -210,6 +211,8 @@ class DecoderStream:
             windows.free(torch.arange(batch.shape[1]).expand(batch.shape[:2]))
             output = self.apply(module, layer, batch)
             if write:
+                why, fix = overflow_advice(self.dtype)
+                require_finite({"its output": output}, f"layer {layer}", why=why, fix=fix)
                 batch.copy_(output)
 
     def layer(self, layer: int, ffn: nn.Module) -> nn.Module:

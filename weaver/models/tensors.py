@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from weaver.artifacts.finite import require_finite
 from weaver.artifacts.header import TensorEntry
 from weaver.artifacts.store import check_tensors_file
 from weaver.errors import WeaverError
@@ -78,7 +79,8 @@ class TensorFiles:
         """One tensor, in the dtype it is stored in.
 
         Raises:
-            WeaverError: the checkpoint holds no such tensor.
+            WeaverError: the checkpoint holds no such tensor, or it has a value that is NaN or
+                infinite.
         """
         if name not in self._files:
             raise WeaverError(
@@ -92,6 +94,12 @@ class TensorFiles:
         if stored.path not in self._handles:
             self._handles[stored.path] = safe_open(stored.path, framework="pt")
         tensor: Tensor = self._handles[stored.path].get_tensor(stored.name)
+        require_finite(
+            {repr(name): tensor},
+            str(stored.path),
+            why="a model with such a weight computes nothing",
+            fix=f"fetch {stored.path.name} again, or another release of the model",
+        )
         return tensor
 
     def shape(self, name: str) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weaver.artifacts.finite import NotFiniteError
 from weaver.artifacts.manifest import MANIFEST, StageManifest
 from weaver.config.loading import RunConfig
 from weaver.errors import WeaverError
@@ -89,7 +90,12 @@ def run_pipeline(
         for name in STAGE_FOLDERS:
             settle(context.folder(name))
         for stage, call in calls.items():
-            on_stage(stage, call(context))
+            try:
+                manifest = call(context)
+            except NotFiniteError as error:
+                what = f"{stage}: {error.what}"
+                raise WeaverError(what, why=error.why, fix=error.fix) from error
+            on_stage(stage, manifest)
 
 
 def plan_pipeline(context: StageContext, calls: dict[str, StageCall]) -> list[PlannedStage]:
