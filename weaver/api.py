@@ -42,7 +42,7 @@ from weaver.config.sections import (
     RouterConfig,
     Section,
 )
-from weaver.models.checkpoint import load_tokenizer
+from weaver.models.intake import load_tokenizer
 from weaver.models.loading import load_model
 from weaver.report.comparison import HEADERS, comparison_rows
 from weaver.report.progress import stage_progress

@@ -103,9 +103,10 @@ def test_escape_sequences_out_of_files_do_not_reach_the_terminal(
     assert r"model\x1b]0;title" in done.stderr
     assert "\x1b" not in done.output
 
-    console = make_console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    printed = io.StringIO()
+    console = make_console(file=printed, force_terminal=True, width=80, highlight=False)
     console.print("[red]a\x1b[2Jb\x9b1m\u202etxt[/red]")
-    assert console.file.getvalue() == "\x1b[31ma\\x1b[2Jb\\x9b1m\\u202etxt\x1b[0m\n"
+    assert printed.getvalue() == "\x1b[31ma\\x1b[2Jb\\x9b1m\\u202etxt\x1b[0m\n"
 
 
 def test_a_killed_process_leaves_no_lock(tiny_llama: Path, tmp_path: Path) -> None:

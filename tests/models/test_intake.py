@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from weaver.config.sections import ModelConfig
@@ -22,7 +23,7 @@ from weaver.models.loading import load_model
 from weaver.models.writing import copy_companions
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def _config(**changes: Any) -> Damage:
 
 
 def _raw(name: str, text: str) -> Damage:
-    return lambda model: (model / name).write_text(text) and None
+    return lambda model: (model / name).write_text(text)
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
@@ -94,7 +95,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "nested": (_raw("config.json", '{"a":' * 9999 + "1" + "}" * 9999), "no configuration"),
     "digits": (_raw("config.json", '{"hidden_size": ' + "9" * 6000 + "}"), "no configuration"),
     "surrogate": (_raw("config.json", '{"model_type": "\\ud800"}'), "no configuration"),
-    "bytes": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe") and None, "no configuration"),
+    "bytes": (lambda m: (m / "config.json").write_bytes(b"\xff\xfe"), "no configuration"),
     "no gate": (
         _tensors(lambda ts: {k: v for k, v in ts.items() if k != GATE}),
         rf"no GLU feed-forward found, '{GATE}' is missing",
@@ -117,7 +118,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "overlap": (_entry(data_offsets=[0, 8192]), "damaged header"),
     "no offsets": (_header(lambda h: h | {GATE: {"dtype": "F32"}}), "damaged header"),
     "length": (
-        lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 64) and None,
+        lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 64),
         "damaged header",
     ),
     "digits in a name": (
@@ -244,9 +245,13 @@ def test_a_file_without_the_right_to_read_is_not_called_damaged(
 def test_thousands_of_tensors_are_opened_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from weaver.models import tensors
 
-    opened = []
-    real = tensors.safe_open
-    monkeypatch.setattr(tensors, "safe_open", lambda *a, **n: opened.append(a) or real(*a, **n))
+    opened: list[Path] = []
+
+    def counted(path: Path, framework: str) -> Any:
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(tensors, "safe_open", counted)
     checkpoint = Checkpoint(ModelConfig(path=str(model)))
     for name in checkpoint.names():
         checkpoint.tensor(name)

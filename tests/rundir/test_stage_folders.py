@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ LAYER = "layer_001.safetensors"
 Damage = Callable[[Path], None]
 
 
-def _rewrite(path: Path, change: Callable[[dict], dict]) -> None:
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Write the tensors of a record anew, as a whole file with the same metadata."""
     with path.open("rb") as handle:
         header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
@@ -29,7 +30,7 @@ def _rewrite(path: Path, change: Callable[[dict], dict]) -> None:
 
 
 def _flip(folder: Path) -> None:
-    def flipped(tensors: dict) -> dict:
+    def flipped(tensors: dict[str, Any]) -> dict[str, Any]:
         value = next(t for t in tensors.values() if t.is_floating_point() and t.numel())
         value.view(-1)[0] += 1
         return tensors
@@ -109,7 +110,7 @@ def test_what_changed_after_a_stage_is_read_by_none(
     assert stage_digests(run_dir) == stage_digests(finished)
 
 
-def _edit(path: Path, change: Callable[[dict], None]) -> None:
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))

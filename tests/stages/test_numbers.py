@@ -71,15 +71,15 @@ def _duplicated(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _zero(tensors: dict[str, torch.Tensor]) -> None:
-    for name in tensors:
+    for name, value in tensors.items():
         if name.startswith(FFN):
-            tensors[name].zero_()
+            value.zero_()
 
 
 def _tiny(tensors: dict[str, torch.Tensor]) -> None:
-    for name in tensors:
+    for name, value in tensors.items():
         if name.startswith(FFN):
-            tensors[name].fill_(1e-20)
+            value.fill_(1e-20)
 
 
 def _constant(tensors: dict[str, torch.Tensor]) -> None:

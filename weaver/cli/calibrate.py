@@ -24,9 +24,8 @@ def calibrate(
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
 ) -> StageCall:
     """Run text through the dense model and keep what every method needs to know."""
-    flags = {"revision": revision, "dtype": dtype}
-    flags |= {"trust_remote_code": options.trust_remote_code or None}
-    dense = options.model({"path": model, **flags})
+    trusted = {"trust_remote_code": options.trust_remote_code or None}
+    dense = options.model({"path": model, "revision": revision, "dtype": dtype, **trusted})
     from weaver.stages.calibrate import calibrate as stage
 
     return lambda context: stage(context, dense, settings)

@@ -304,10 +304,10 @@ def _token_ids(
     while at_most is not None and characters is not None and characters < len(text):
         # Up to a space, where pieces of text that become tokens end.
         head = text[: max(text.rfind(" ", characters // 2, characters), characters // 2)]
-        ids = _token_ids(tokenizer, head)
+        first = _token_ids(tokenizer, head)
         # A cut changes tokens in front of it, if any, and only few.
-        if len(ids) >= at_most + SPARE_TOKENS:
-            return ids[:at_most]
+        if len(first) >= at_most + SPARE_TOKENS:
+            return first[:at_most]
         characters *= 4
     # verbose=False: a text longer than the model's context is expected here, it gets cut.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -259,8 +259,9 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return parse_json(text, unique=False)
     except ValueError as error:
-        lines = isinstance(error, json.JSONDecodeError) and "\n" in text.strip()
-        line = f":{error.lineno}" if lines else ""
+        line = ""
+        if isinstance(error, json.JSONDecodeError) and "\n" in text.strip():
+            line = f":{error.lineno}"
         raise _malformed(f"{where}{line}", error) from error
 
 

@@ -24,7 +24,7 @@ from weaver.evaluation.generation import (
     repetition,
 )
 from weaver.evaluation.smoke import REPETITION_BOUND
-from weaver.models.checkpoint import load_tokenizer
+from weaver.models.intake import load_tokenizer
 from weaver.models.loading import load_model
 from weaver.models.locate import local_path, locate, weight_files
 from weaver.rundir.converted_model import converted_folder

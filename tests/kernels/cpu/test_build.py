@@ -83,7 +83,8 @@ def test_a_damaged_library_is_not_loaded(
     content: bytes, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading a truncated one ends the process with SIGBUS."""
-    built, loaded = [], []
+    built: list[Path] = []
+    loaded: list[str] = []
     monkeypatch.setattr(build, "_build", built.append)
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     library = compiled_kernel()
@@ -101,7 +102,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    loaded = []
+    loaded: list[str] = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     monkeypatch.setattr(torch.ops, "weaver_cpu", object())
     library = compiled_kernel()
