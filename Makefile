@@ -9,6 +9,7 @@
 # make benchmarks  docs/benchmarks.md
 # make exports     docs/export_checks.md
 # make serve-check docs/serving_checks.md: vLLM in an environment of its own
+# make attack      docs/reliability.md: malformed inputs, flipped bits, kills (20 minutes)
 # make bench-gpu   correctness and times of the kernels on a GPU
 # make clean       removes runs and caches
 # Other targets are what stages leave on disk: make runs/smollm2-cmoe/model/manifest.json
@@ -21,7 +22,7 @@ SERVE := .venv-serve
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: help demo test quality docs results headline pacing recovery benchmarks exports serve-check bench-gpu clean
+.PHONY: help demo test quality docs results headline pacing recovery benchmarks exports serve-check attack bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
@@ -82,6 +83,10 @@ $(SERVE)/.installed: pyproject.toml
 	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(SERVE)/bin/python -m pip install --quiet --editable .
 	touch $@
+
+# Everything that may be done to weaver, for 20 minutes; exits non-zero where it did harm.
+attack: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/attack.py --minutes 20
 
 # On a machine with a GPU: correctness, then timings; exits non-zero where either is impossible.
 bench-gpu: $(INSTALLED)
