@@ -64,6 +64,8 @@ class WeaverGroup(TyperGroup):
                 _print_error(console, error)
             raise typer.Exit(1) from error
         except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # whoever reads has had enough; click ends without a word
             if isinstance(error, OSError) and interruption.signal is None:
                 _print_error(console, _os_error(error))
                 raise typer.Exit(1) from error
@@ -198,5 +200,7 @@ def _output_failed(error: OSError) -> None:
     """End with an error where nothing more can be printed, as on a full disk."""
     # What is left in the buffer would fail once more when Python ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        sys.exit(1)
     _print_error(make_console(stderr=True, soft_wrap=True), _os_error(error))
     sys.exit(1)

@@ -244,7 +244,7 @@ class Checkpoint(TensorFiles):
         prefix = f"{self.family.layers}."
         found = self.stored_layers()
         extra = int(getattr(self.config, "num_nextn_predict_layers", None) or 0)
-        if not self.num_layers <= found <= self.num_layers + extra:
+        if not (self.num_layers and self.num_layers <= found <= self.num_layers + extra):
             raise WeaverError(
                 f"{self.folder}: weights of {found} layers, config.json says {self.num_layers}",
                 why=f"num_hidden_layers counts the layers that are called {prefix}0 and so on",

@@ -150,8 +150,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 def _check_fields(path: Path, values: Mapping[str, Any]) -> None:
     for name, limit in LIMITS.items():
         value = values.get(name)
-        if value is not None and not (_is_int(value) and 1 <= value <= limit):
-            raise _bad_field(path, name, value, f"it is a whole number from 1 to {limit}")
+        # A model of embeddings alone can be run, though not converted.
+        least = 0 if name == "num_hidden_layers" else 1
+        if value is not None and not (_is_int(value) and least <= value <= limit):
+            raise _bad_field(path, name, value, f"it is a whole number from {least} to {limit}")
     for name in POSITIVE:
         value = values.get(name)
         if value is not None and not (_is_finite(value) and value > 0):
