@@ -152,7 +152,7 @@ def document(inputs: dict[str, Counts], flips: Counts, sent: Counts, runs: list[
         (kind, sum(found.values()), found["refused"], found["accepted"], _wrong(found))
         for kind, found in inputs.items()
     ]
-    total = [sum(row[column] for row in rows) for column in range(1, 5)]
+    total = [sum(int(row[column]) for row in rows) for column in range(1, 5)]
     stops = [(name, count) for name, count in sorted(sent.items())]
     return f"""# Reliability
 
@@ -210,7 +210,8 @@ def main() -> int:
         model = tiny_model(folder / "model")
         inputs = malformed(model, INPUTS, started + 0.4 * (end - started))
         flips = corruptions(model, folder, 400)
-        sent, runs = Counts(), []
+        sent: Counts = Counts()
+        runs: list[str] = []
         while time.monotonic() < end:
             counted, result = stopped(model, folder, len(runs), kills=12)
             sent += counted
