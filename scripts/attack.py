@@ -146,7 +146,9 @@ def _run(log: Path, config: Path, run_dir: Path, *more: str) -> int | None:
     return process.exitcode
 
 
-def document(inputs: dict[str, Counts], flips: Counts, sent: Counts, runs: list[str]) -> str:
+def document(
+    inputs: dict[str, Counts], flips: Counts, sent: Counts, runs: list[str], minutes: float
+) -> str:
     """The text of docs/reliability.md."""
     rows = [
         (kind, sum(found.values()), found["refused"], found["accepted"], _wrong(found))
@@ -157,7 +159,8 @@ def document(inputs: dict[str, Counts], flips: Counts, sent: Counts, runs: list[
     return f"""# Reliability
 
 `make attack` makes this page: it attacks weaver on a Llama of four layers with random weights and
-counts. Inputs and moments come from seeds, so that each can be repeated.
+counts. Inputs and moments come from seeds, so that each can be repeated. This page is of a run of
+{minutes:g} minutes.
 
 ## Malformed inputs
 
@@ -218,7 +221,7 @@ def main() -> int:
             runs.append(result)
             if result != "clean":
                 print(result, flush=True)
-    arguments.out.write_text(document(inputs, flips, sent, runs))
+    arguments.out.write_text(document(inputs, flips, sent, runs, arguments.minutes))
     bad = sum(map(_wrong, inputs.values())) + flips.total() - flips["refused"]
     return int(bad > 0 or set(runs) != {"clean"})
 
