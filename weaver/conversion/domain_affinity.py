@@ -16,7 +16,7 @@ from weaver.artifacts.store import read_record, write_record, write_text
 from weaver.artifacts.summaries import AffinitySummary
 from weaver.artifacts.types import LayerProfile
 from weaver.conversion.splitter import LayerSplitter
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 from weaver.evaluation.perplexity import perplexity
 from weaver.methods.base import LayerProblem
 from weaver.methods.registry import get_method, resolve_options
@@ -43,11 +43,12 @@ def require_groups(calibration: Calibration, method: str, num_experts: int) -> N
     """
     groups = calibration.summary.groups
     if not calibration.config.groups:
+        run_dir = calibration.folder.parent
+        again = shell("weaver", "calibrate", calibration.identity.path, "--run-dir", run_dir)
         raise WeaverError(
             f"{calibration.folder}: the calibration mixes its {len(groups)} groups",
             why=f"{method} prunes the model for each group of the text",
-            fix=f"weaver calibrate {calibration.identity.path} --run-dir "
-            f"{calibration.folder.parent} --groups --force, with text of several groups",
+            fix=f"{again} --groups --force, with text of several groups",
         )
     if num_experts > len(groups):
         raise WeaverError(

@@ -28,7 +28,7 @@ from transformers import (
 from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import CARD
 from weaver.artifacts.store import read_json, write_error
-from weaver.errors import WeaverError, require_extra
+from weaver.errors import WeaverError, require_extra, shell
 
 GGUF_MAGIC = b"GGUF"
 # What was dequantised, written into the folder so that another file is never mistaken for it.
@@ -120,7 +120,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _check_existing(out_dir: Path, source: dict[str, Any]) -> None:
-    remedy = f"rm -r {out_dir}, or choose another folder"
+    remedy = f"{shell('rm', '-r', out_dir)}, or choose another folder"
     if not is_dequantised(out_dir):
         raise WeaverError(
             f"{out_dir}: exists, but holds no dequantised model",

@@ -19,7 +19,7 @@ from weaver.artifacts.store import (
     write_json,
     write_model_shard,
 )
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 from weaver.models.accounting import LayerShape
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.ffns import site_prefix
@@ -123,7 +123,9 @@ def write_shards(
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         if (folder / name).exists():
-            check_tensors_file(folder / name, rebuild=f"rm {folder / name} and rerun the command")
+            check_tensors_file(
+                folder / name, rebuild=f"{shell('rm', folder / name)} and rerun the command"
+            )
         else:
             tensors: dict[str, Tensor] = {}
             for part in shard:

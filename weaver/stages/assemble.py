@@ -28,7 +28,7 @@ from weaver.models.writing import (
 )
 from weaver.rundir.converted_model import account_of
 from weaver.rundir.inputs import Partition, open_partition, read_compensation, read_router
-from weaver.rundir.stage_folders import finished_stage
+from weaver.rundir.stage_folders import finished_stage, stage_command
 from weaver.rundir.stage_run import StageContext, StageRun
 from weaver.stages.model_card import write_card
 from weaver.stages.smoke import smoke_test
@@ -110,7 +110,7 @@ def _check_same_partition(router: StageManifest, partition: Partition) -> None:
         raise WeaverError(
             f"{partition.folder.parent}/router: built for another partition",
             why="partition ran again after build-router",
-            fix=f"weaver build-router --run-dir {partition.folder.parent} --force",
+            fix=f"{stage_command('build-router', partition.folder.parent)} --force",
         )
 
 

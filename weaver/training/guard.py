@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from weaver.artifacts.store import read_tensors, write_tensors
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 
 _PATTERN = "best-*.safetensors"
 
@@ -104,7 +104,7 @@ def load_best(folder: Path, step: int) -> dict[str, Tensor]:
         WeaverError: the file is missing or damaged.
     """
     path = best_path(folder, step)
-    fix = f"rm -r {folder}, then rerun the same command: it starts at step 0"
+    fix = f"{shell('rm', '-r', folder)}, then rerun the same command: it starts at step 0"
     try:
         return read_tensors(path, rebuild=fix)[0]
     except WeaverError as error:
