@@ -40,6 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Chunks of a prompt of 40 tokens, and several sequences in a step.
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 64}
 NEW = 8
+# Largest difference of log-probabilities. Gemma 2 caps attention scores by a tanh, which the two
+# compute by different kernels: 1.2e-3 was measured.
+LARGEST = {"weaver_gemma2": 5e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +93,7 @@ def check(folder: Path, **engine: Any) -> None:
             native.generation_config.eos_token_id = None
             written: Any = native.generate(prompt_T[None], max_new_tokens=NEW, do_sample=False)  # type: ignore[operator]
             assert written[0].tolist()[5:] == text
-    assert max(totals.differences) < 1e-3
+    assert max(totals.differences) < LARGEST.get(str(native.config.model_type), 1e-3)
 
 
 @pytest.mark.slow
