@@ -13,11 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -128,42 +123,6 @@ def transformers_floor(folder: Path) -> dict[str, Any]:
     }
 
 
-def chat(folder: Path, port: int = 8765) -> dict[str, Any]:
-    """Serve a folder with ``vllm serve`` and ask it one question over HTTP."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder)]
-    command += ["--port", str(port), "--max-model-len", "512", "--dtype", "bfloat16"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    body = {
-        "model": str(folder),
-        "messages": [{"role": "user", "content": "What do whales eat?"}],
-        "max_tokens": 24,
-        "temperature": 0,
-    }
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    # Not through a proxy of the environment.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        for _ in range(60):
-            try:
-                with direct.open(request, timeout=60) as reply:
-                    answer = json.loads(reply.read())
-                return {"answer": answer["choices"][0]["message"]["content"]}
-            except urllib.error.HTTPError as error:
-                raise SystemExit(f"vllm serve: {error.read().decode()}") from error
-            except OSError:
-                if server.poll() is not None:
-                    break
-                time.sleep(2)
-        raise SystemExit(f"vllm serve {folder} did not answer")
-    finally:
-        server.terminate()
-        server.wait()
-
-
 def pacing(folder: Path, dense: Path) -> dict[str, Any]:
     """KL to the dense model, paced and with calibrated thresholds, and experts used per token.
 
@@ -216,7 +175,6 @@ def plan(runs: Path, model: Path, demo: Path) -> dict[str, Callable[[], dict[str
     found["floor: dense"] = partial(transformers_floor, model)
     found["floor: weave 25%"] = partial(transformers_floor, own)
     found["pacing"] = partial(pacing, own, model)
-    found["chat"] = partial(chat, own)
     return found
 
 
@@ -256,9 +214,6 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         states = [(name, f"{row['kl']:.4f}", f"{row['experts']:.2f}") for name, row in found]
         titles = ("thresholds", "KL to the dense model", "experts per token and layer")
         text += f"\n## Paced, and without state\n\n{markdown_table(titles, states)}"
-    if "chat" in results:
-        answer = results["chat"]["answer"]
-        text += f'\n## Over HTTP\n\n`vllm serve`, "What do whales eat?": {answer!r}\n'
     return text
 
 
