@@ -172,11 +172,7 @@ def read_metadata(path: Path, *, rebuild: str = "") -> dict[str, Any]:
     Raises:
         WeaverError: the file is missing, truncated or not safetensors.
     """
-    try:
-        return _own_metadata(check_tensors_file(path, rebuild=rebuild))
-    except ValueError as error:
-        fix = _fix(path, rebuild)
-        raise WeaverError(f"{path}: damaged metadata", why=str(error), fix=fix) from error
+    return _own_metadata(check_tensors_file(path, rebuild=rebuild))
 
 
 def check_tensors_file(path: Path, *, rebuild: str = "") -> Header:
@@ -193,6 +189,7 @@ def check_tensors_file(path: Path, *, rebuild: str = "") -> Header:
         raise WeaverError(f"{path}: missing", why="the stage has not finished", fix=fix)
     try:
         header = read_header(path)
+        _own_metadata(header)
         actual = path.stat().st_size
     except OSError as error:
         raise read_error(path, error) from error
