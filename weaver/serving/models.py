@@ -28,12 +28,11 @@ MODULES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma": "gemma",
-    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
 }
 # vLLM refuses float16 for these by the type of the dense model.
-NO_FLOAT16 = ("gemma2", "gemma3_text")
+NO_FLOAT16 = ("gemma3_text",)
 
 
 def check(config: VllmConfig, family: Family) -> None:
