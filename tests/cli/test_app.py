@@ -32,7 +32,13 @@ def test_a_signal_says_how_to_go_on(
     """Sent when the first stage has begun, which is then far from its end."""
     values = run_values(tiny_llama, calibrate={"tokens": 200_000, "sequence_length": 64})
     config = write_config(tmp_path / "run.yaml", values)
-    with start_weaver("run", config, "--run-dir", tmp_path / "run") as process:
+    # A handled signal is the default one in a child; an ignored one, as under nohup, stays ignored.
+    before = signal.signal(number, lambda *_: None)
+    try:
+        process = start_weaver("run", config, "--run-dir", tmp_path / "run")
+    finally:
+        signal.signal(number, before)
+    with process:
         layers = tmp_path / "run" / "calibrate"
         while not (layers / "stage.json").exists():
             assert process.poll() is None, process.stderr and process.stderr.read()

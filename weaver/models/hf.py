@@ -64,13 +64,24 @@ def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfi
     pace(model.base_model, paced, *places)
 
 
+class _WithoutCode:
+    """Ignores that transformers marks the classes of a folder that has code and is trusted.
+
+    From then on it would copy this module's file into every folder that is saved.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "") -> None:
+        """Do nothing."""
+
+
 def _converted_classes(family: Family) -> ConvertedClasses:
     dense_model: type[PreTrainedModel] = getattr(transformers, family.causal_lm)
     dense_config = dense_model.config_class
     assert dense_config is not None
     dense_backbone: Any = transformers.MODEL_MAPPING[dense_config]
 
-    class ConvertedConfig(dense_config):  # type: ignore[valid-type, misc]
+    class ConvertedConfig(_WithoutCode, dense_config):  # type: ignore[valid-type, misc]
         model_type = family.converted_model_type
         # The converted FFN has no gate_proj, up_proj or down_proj to shard by name.
         base_model_tp_plan = None
@@ -92,7 +103,7 @@ def _converted_classes(family: Family) -> ConvertedClasses:
 def _converted_model(
     family: Family, config: type[PreTrainedConfig], dense: type[PreTrainedModel]
 ) -> type[PreTrainedModel]:
-    class ConvertedModel(dense):  # type: ignore[valid-type, misc]
+    class ConvertedModel(_WithoutCode, dense):  # type: ignore[valid-type, misc]
         config_class = config
         # Graphs end at each FFN, see MoEFeedForward.forward.
         _can_compile_fullgraph = False
