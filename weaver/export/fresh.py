@@ -110,7 +110,7 @@ def fresh_model(
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """What the process may know of this one's: threads and devices, but no home and no token."""
+    """Environment for the process: threads and devices of this one, but no home and no token."""
     kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "CUDA_VISIBLE_DEVICES")
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     values = {name: os.environ[name] for name in (*kept, *threads) if name in os.environ}

@@ -18,7 +18,7 @@ from weaver.export import vllm_probe
 
 @dataclass(frozen=True)
 class VllmAnswers:
-    """What vLLM computed.
+    """Answers of vLLM.
 
     Args:
         version: of vLLM.

@@ -46,7 +46,7 @@ class Estimate:
 
 
 def shortages(needs: Estimate, run_dir: Path) -> list[str]:
-    """What a conversion needs more of than is free now, a sentence each.
+    """Shortages of a conversion, memory or disk above what is free now, a sentence each.
 
     Args:
         needs: from ``estimate``.
