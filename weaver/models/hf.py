@@ -67,8 +67,8 @@ def replace_ffns(model: PreTrainedModel, family: Family, config: PreTrainedConfi
 class _WithoutCode:
     """Ignores that transformers marks the classes of a folder that has code and is trusted.
 
-    From then on it would copy this module's file into every folder that is saved. The mark of a dense
-    class is not inherited either: a folder's code may name that class for its own.
+    From then on it would copy this module's file into every folder that is saved. The mark of a
+    dense class is not inherited either: a folder's code may name that class for its own.
     """
 
     _auto_class = None
