@@ -24,7 +24,7 @@ from weaver.algorithms.glu import GluWeights
 from weaver.evaluation.baselines import transformers_forward
 from weaver.evaluation.speed import device_header
 from weaver.kernels.gpu.op import routed_forward
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.kernels.reference import MoELayer, Routing, masked_forward
 from weaver.kernels.timing import interleave
 from weaver.report.tables import format_ratio, format_seconds, markdown_table
 
@@ -124,7 +124,7 @@ def transformers_ffn(problem: Problem, which: str) -> Callable[[], Tensor]:
     """The whole FFN with the experts of transformers, on a copy of the weights in its layout."""
     layer = problem.layer
     weights = GluWeights(problem.gate_FD, problem.up_FD, problem.down_FD, "silu")
-    forward = transformers_forward(weights, layer.shared, layer.experts, which)
+    forward = transformers_forward(MoELayer(weights, layer.shared), layer.experts, which)
     routing = Routing.of_top_k(problem.ids_TK, problem.factors_TK, layer.experts)
     return partial(forward, problem.x_TD, routing)
 
@@ -172,8 +172,8 @@ def errors(problem: Problem) -> dict[str, float]:
     y_TD = weaver_routed(Problem(problem.layer, ids_TK=problem.ids_TK, **leaf))
     routing = Routing.of_top_k(problem.ids_TK, exact["factors_TK"], problem.layer.experts)
     gate_RD, up_RD, down_RD = (exact[name][problem.layer.shared :] for name in named[1:4])
-    weights = GluWeights(gate_RD, up_RD, down_RD, "silu")
-    truth_TD = masked_forward(exact["x_TD"], weights, routing, 0)
+    layer = MoELayer(GluWeights(gate_RD, up_RD, down_RD, "silu"), 0)
+    truth_TD = masked_forward(exact["x_TD"], layer, routing)
     toward_TD = torch.randn_like(y_TD)
     found = torch.autograd.grad(y_TD, list(leaf.values()), toward_TD)
     expected = torch.autograd.grad(truth_TD, list(exact.values()), toward_TD.double())

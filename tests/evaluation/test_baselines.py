@@ -11,7 +11,7 @@ from torch import Tensor
 from weaver.algorithms.glu import GluWeights, glu_forward
 from weaver.evaluation.baselines import dense_variants, transformers_forward
 from weaver.kernels.cpu import build
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.kernels.reference import MoELayer, Routing, masked_forward
 
 
 def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -70,14 +70,15 @@ def test_the_experts_of_transformers_are_the_same_ffn(
     x_TD = normal(tokens, hidden)
     ids_TK = normal(tokens, experts, seed=7).topk(top_k).indices
     routing = Routing.of_top_k(ids_TK, 0.5 + normal(tokens, top_k, seed=8).abs(), experts)
-    forward = transformers_forward(weights, shared, experts, implementation)
-    expected_TD = masked_forward(x_TD, weights, routing, shared)
+    layer = MoELayer(weights, shared)
+    forward = transformers_forward(layer, experts, implementation)
+    expected_TD = masked_forward(x_TD, layer, routing)
     torch.testing.assert_close(forward(x_TD, routing), expected_TD, rtol=1e-4, atol=1e-5)
 
 
 def test_the_experts_of_transformers_are_a_copy() -> None:
     weights = random_ffn(8, 4 + 3 * 4, biases=False)
-    forward = transformers_forward(weights, 4, 3, "grouped_mm")
+    forward = transformers_forward(MoELayer(weights, 4), 3, "grouped_mm")
     x_TD, routing = normal(2, 8), Routing.of_top_k(torch.tensor([[2], [0]]), torch.ones(2, 1), 3)
     before_TD = forward(x_TD, routing)
     for matrix_FD in (weights.gate_FD, weights.up_FD, weights.down_FD):

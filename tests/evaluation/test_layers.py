@@ -18,7 +18,7 @@ from weaver.evaluation.layers import (
     speed_bound,
     synthetic_case,
 )
-from weaver.kernels.reference import Routing, masked_forward, router_logits
+from weaver.kernels.reference import MoELayer, Routing, masked_forward, router_logits
 from weaver.models.accounting import LayerShape
 
 # 16 neurons: 4 shared, 3 experts of 4, of which one is selected.
@@ -102,9 +102,9 @@ def test_the_error_is_of_the_routing_as_it_is_with_constants_and_factors() -> No
     weights, constants_ED = case.module.weights(), case.module.expert_bias
     # Not the experts that the router would choose, and a factor of 3.
     forced = Routing.of_top_k(torch.zeros(5, 1, dtype=torch.int64), 3 * torch.ones(5, 1), 3)
-    y_TD = masked_forward(case.x_TD, weights, forced, 4, constants_ED)
+    y_TD = masked_forward(case.x_TD, MoELayer(weights, 4, constants_ED), forced)
     assert relative_error(case, forced, y_TD) < 1e-14
-    without_TD = masked_forward(case.x_TD, weights, forced, 4)
+    without_TD = masked_forward(case.x_TD, MoELayer(weights, 4), forced)
     expected = 3 * 40**0.5 / float(y_TD.norm())  # 5 * 8 values, each wrong by 3 * 1
     assert relative_error(case, forced, without_TD) == pytest.approx(expected)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from weaver.algorithms.glu import GluWeights, glu_forward
-from weaver.kernels.grouped import grouped_forward, slice_neurons
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.algorithms.glu import GluWeights
+from weaver.kernels.grouped import grouped_forward
+from weaver.kernels.reference import MoELayer, Routing, masked_forward
 
 # T, D, S, E, N, K and what is special about the routing.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
@@ -57,9 +57,9 @@ def test_the_same_outputs(
     make_ffn: Any, make_routing: Any, case: str, dtype: torch.dtype, biases: bool
 ) -> None:
     x_TD, weights, routing, shared = problem(make_ffn, make_routing, case, dtype, biases=biases)
-    bias_ED = constants(weights, routing) if biases else None
-    y_TD = grouped_forward(x_TD, weights, routing, shared, bias_ED)
-    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
+    layer = MoELayer(weights, shared, constants(weights, routing) if biases else None)
+    y_TD = grouped_forward(x_TD, layer, routing)
+    expected_TD = masked_forward(x_TD, layer, routing)
     assert y_TD.dtype == expected_TD.dtype == dtype
     assert y_TD.shape == x_TD.shape
     if len(x_TD) > 1 and (shared or routing.num_pairs):
@@ -74,11 +74,10 @@ def test_sixteen_bit_is_as_near_to_the_truth_as_the_definition(
     x_TD, weights, routing, shared = problem(
         make_ffn, make_routing, "ordinary", torch.bfloat16, biases=False
     )
-    bias_ED = constants(weights, routing)
-    exact = (x_TD.double(), weights.to(torch.float64), routing, shared, bias_ED.double())
-    truth_TD = masked_forward(*exact)
-    grouped = (grouped_forward(x_TD, weights, routing, shared, bias_ED) - truth_TD).norm()
-    masked = (masked_forward(x_TD, weights, routing, shared, bias_ED) - truth_TD).norm()
+    layer = MoELayer(weights, shared, constants(weights, routing))
+    truth_TD = masked_forward(x_TD.double(), layer.to(torch.float64), routing)
+    grouped = (grouped_forward(x_TD, layer, routing) - truth_TD).norm()
+    masked = (masked_forward(x_TD, layer, routing) - truth_TD).norm()
     assert grouped < 1.2 * masked
     assert grouped < 0.02 * truth_TD.norm()
 
@@ -94,9 +93,8 @@ def leaves(x_TD: Tensor, weights: GluWeights, routing: Routing) -> dict[str, Ten
 def gradients(forward: Any, leaf: dict[str, Tensor], routing: Routing, shared: int) -> list[Tensor]:
     apart = {"x_TD", "weights_P", "expert_bias_ED"}
     named: dict[str, Any] = {name: leaf[name] for name in leaf if name not in apart}
-    weights = GluWeights(activation="silu", **named)
-    routing = replace(routing, weights_P=leaf["weights_P"])
-    y_TD = forward(leaf["x_TD"], weights, routing, shared, leaf["expert_bias_ED"])
+    layer = MoELayer(GluWeights(activation="silu", **named), shared, leaf["expert_bias_ED"])
+    y_TD = forward(leaf["x_TD"], layer, replace(routing, weights_P=leaf["weights_P"]))
     toward_TD = torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)
     return list(torch.autograd.grad(y_TD, list(leaf.values()), toward_TD, materialize_grads=True))
 
@@ -139,19 +137,11 @@ def test_gradients_are_right(make_ffn: Any, make_routing: Any) -> None:
     pairs = {name: getattr(routing, name)[:5] for name in ("tokens_P", "experts_P", "weights_P")}
     few = replace(routing, num_tokens=3, **pairs)
     differentiated = (x_TD[:3], weights.gate_FD, constants(weights, routing))
+
+    def forward(x_TD: Tensor, gate_FD: Tensor, bias_ED: Tensor) -> Tensor:
+        return grouped_forward(x_TD, MoELayer(replace(weights, gate_FD=gate_FD), 11, bias_ED), few)
+
     assert torch.autograd.gradcheck(
-        lambda x, gate, bias: grouped_forward(x, replace(weights, gate_FD=gate), few, 11, bias),
+        forward,
         tuple(tensor.clone().requires_grad_() for tensor in differentiated),
     )
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_slices_of_the_stored_weights(make_ffn: Any, biases: bool) -> None:
-    weights, x_TD = make_ffn(8, 12, biases=biases), torch.randn(3, 8, dtype=torch.float64)
-    first = slice_neurons(weights, 0, 5)
-    rest = slice_neurons(weights, 5, 12, output_bias=False)
-    assert first.gate_FD.data_ptr() == weights.gate_FD.data_ptr()
-    assert rest.intermediate_size == 7
-    assert rest.output_bias_D is None
-    total_TD = glu_forward(x_TD, first) + glu_forward(x_TD, rest)
-    torch.testing.assert_close(total_TD, glu_forward(x_TD, weights))

@@ -33,9 +33,10 @@ from weaver.kernels.ops import (
     moe_forward,
     route_tokens,
 )
-from weaver.kernels.reference import ExpertChoice, Routing, masked_forward, route
+from weaver.kernels.reference import ExpertChoice, MoELayer, Routing, masked_forward, route
 
-LARGE = torch.empty(512, 256, device="meta")  # exactly SMALL weights
+LARGE_FD = torch.empty(512, 256, device="meta")  # exactly SMALL weights
+LARGE = MoELayer(GluWeights(LARGE_FD, LARGE_FD, LARGE_FD, "silu"), 112)
 
 
 def first_experts(tokens: int, top_k: int, experts: int) -> Routing:
@@ -58,43 +59,41 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LayerKind]]:
             return "grouped" if work.num_pairs == work.num_tokens else "masked"
 
     monkeypatch.setattr(ops, "costs_of", costs_of)
-    ops._path.cache_clear()
+    ops._faster_path.cache_clear()
     monkeypatch.setattr(ops, "_warned", set())
     yield kinds
     # What was answered here must not be looked up by other tests.
-    ops._path.cache_clear()
+    ops._faster_path.cache_clear()
 
 
 def test_the_costs_of_the_layers_family_decide(asked: list[LayerKind]) -> None:
-    weights = GluWeights(LARGE, LARGE, LARGE, "silu")
-    assert choose_path(weights, first_experts(10, 1, 4), 112, "native") == "grouped"
-    assert choose_path(weights, first_experts(10, 2, 4), 112, "native") == "masked"
+    assert choose_path(LARGE, first_experts(10, 1, 4), "native") == "grouped"
+    assert choose_path(LARGE, first_experts(10, 2, 4), "native") == "masked"
     threads = torch.get_num_threads()
     expected = LayerKind(256, 512, 100, torch.float32, "meta", "native", threads)
     assert asked == [expected, expected]
     # An answer is looked up the second time.
-    choose_path(weights, first_experts(10, 2, 4), 112, "native")
+    choose_path(LARGE, first_experts(10, 2, 4), "native")
     assert len(asked) == 2
 
 
 def test_a_layer_too_small_to_gain_is_masked_unmeasured(asked: list[LayerKind]) -> None:
     matrix_FD = torch.empty(511, 256, device="meta")
-    weights = GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu")
-    assert choose_path(weights, first_experts(10, 1, 5), 1, "torch") == "masked"
+    layer = MoELayer(GluWeights(matrix_FD, matrix_FD, matrix_FD, "silu"), 1)
+    assert choose_path(layer, first_experts(10, 1, 5), "torch") == "masked"
     assert asked == []
 
 
 def test_that_nothing_is_skipped_is_said_once(
     asked: list[LayerKind], caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights = GluWeights(LARGE, LARGE, LARGE, "silu")
     with caplog.at_level(logging.WARNING):
-        choose_path(weights, first_experts(10, 1, 4), 112, "native")
+        choose_path(LARGE, first_experts(10, 1, 4), "native")
         # All experts are chosen: nothing could have been skipped.
-        choose_path(weights, first_experts(10, 4, 4), 112, "native")
+        choose_path(LARGE, first_experts(10, 4, 4), "native")
         assert caplog.records == []
         for tokens in (10, 20):
-            choose_path(weights, first_experts(tokens, 2, 4), 112, "native")
+            choose_path(LARGE, first_experts(tokens, 2, 4), "native")
     (record,) = caplog.records
     assert record.getMessage().startswith("Experts of 100 x 256 in float32: at 10 tokens")
 
@@ -107,9 +106,9 @@ def test_the_chosen_path_is_taken(
     if backend == "native":
         require_native()
     x_TD = torch.randn(33, 16, generator=torch.Generator().manual_seed(1))
-    weights, routing = make_ffn(16, 34, dtype=torch.float32), make_routing(33, 4, 2)
-    bias_ED = torch.ones(4, 16)
-    expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
+    layer = MoELayer(make_ffn(16, 34, dtype=torch.float32), 10, torch.ones(4, 16))
+    routing = make_routing(33, 4, 2)
+    expected_TD = masked_forward(x_TD, layer, routing)
     forwards = backends.forwards(backend)
     other = {"masked": "grouped", "grouped": "masked"}[path]
     fail = {other: lambda *_: pytest.fail(f"{other} was called")}
@@ -117,7 +116,7 @@ def test_the_chosen_path_is_taken(
     monkeypatch.setattr(ops, "backend_for", lambda *_: backend)
     monkeypatch.setattr(ops, "forwards", lambda asked: {backend: only}[asked])
     monkeypatch.setattr(ops, "choose_path", lambda *_: path)
-    y_TD = moe_forward(x_TD, weights, routing, 10, bias_ED)
+    y_TD = moe_forward(x_TD, layer, routing)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
 
 
@@ -125,12 +124,10 @@ def test_a_static_layer_has_nothing_to_choose(
     make_ffn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "choose_path", lambda *_: pytest.fail("was asked"))
-    weights = make_ffn(256, 600, dtype=torch.float32, biases=True)
+    layer = MoELayer(make_ffn(256, 600, dtype=torch.float32, biases=True), 600)
     x_TD = torch.randn(3, 256)
-    expected_TD = masked_forward(x_TD, weights, None, 600)
-    torch.testing.assert_close(
-        moe_forward(x_TD, weights, None, 600), expected_TD, rtol=1e-4, atol=1e-5
-    )
+    y_TD, expected_TD = moe_forward(x_TD, layer, None), masked_forward(x_TD, layer, None)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [16, 600])
@@ -139,7 +136,7 @@ def test_tokens_are_routed_by_what_computes_the_ffn(make_ffn: Any, size: int) ->
     router = Router("linear", torch.randn(5, size), torch.ones(5), torch.zeros(5))
     x_TD = torch.randn(9, size)
     found, expected = (
-        route_tokens(x_TD, weights, router, ExpertChoice(2)),
+        route_tokens(x_TD, MoELayer(weights, 0, router=router), ExpertChoice(2)),
         route(x_TD, router, "silu", ExpertChoice(2)),
     )
     assert torch.equal(found.experts_P, expected.experts_P)
@@ -154,17 +151,22 @@ def test_who_computes_on_a_cpu(
     native = "native" if available else "torch"
     weights = make_ffn(256, 512, dtype=torch.float32)
     x_TD, bias_ED = torch.zeros(1, 256), torch.zeros(4, 256)
-    assert backend_for(x_TD, weights, bias_ED, None) == native
-    assert backend_for(x_TD, make_ffn(256, 511, dtype=torch.float32)) == "torch"
-    assert backend_for(x_TD.double(), weights.to(torch.float64)) == "torch"
-    assert backend_for(x_TD.bfloat16(), weights) == "torch"
+    layer = MoELayer(weights, 0, bias_ED, router_for(256))
+    assert backend_for(x_TD, layer) == native
+    assert backend_for(x_TD, MoELayer(make_ffn(256, 511, dtype=torch.float32), 0)) == "torch"
+    assert backend_for(x_TD.double(), layer.to(torch.float64)) == "torch"
+    assert backend_for(x_TD.bfloat16(), layer) == "torch"
     assert cpu_backend(512 * 256, torch.float16) == native
     # What has gradients is computed by what can be differentiated.
-    bias_ED.requires_grad_()
-    assert backend_for(x_TD, weights, bias_ED) == "torch"
-    assert backend_for(x_TD, replace(weights, up_FD=weights.up_FD.requires_grad_())) == "torch"
-    with torch.no_grad():
-        assert backend_for(x_TD, weights, bias_ED) == native
+    assert layer.router is not None
+    for tensor in (x_TD, weights.up_FD, bias_ED, layer.router.scale_E, layer.router.bias_E):
+        assert tensor is not None
+        tensor.requires_grad_()
+        assert backend_for(x_TD, layer) == "torch"
+        with torch.no_grad():
+            assert backend_for(x_TD, layer) == native
+        tensor.requires_grad_(False)
+    assert backend_for(x_TD, layer, torch.ones(3, requires_grad=True)) == "torch"
 
 
 @pytest.mark.parametrize("uneven", [False, True])
@@ -174,9 +176,9 @@ def test_the_triton_path_adds_the_shared_expert(
     pytest.importorskip("triton")
     x_TD: Tensor = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     weights = make_ffn(16, 34, dtype=torch.float32, biases=True)
-    routing, bias_ED = make_routing(5, 4, 2, uneven=uneven), torch.ones(4, 16)
-    y_TD = triton_forward(x_TD, weights, routing, 10, bias_ED)
-    expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
+    layer, routing = MoELayer(weights, 10, torch.ones(4, 16)), make_routing(5, 4, 2, uneven=uneven)
+    y_TD = triton_forward(x_TD, layer, routing)
+    expected_TD = masked_forward(x_TD, layer, routing)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
 
 
@@ -227,13 +229,11 @@ def test_a_layer_is_its_routing_and_its_experts(
 ) -> None:
     weights = make_ffn(256, neurons, dtype=torch.float32, biases=True)
     router, (x_TD, bias_ED) = router_for(256, kind, weighting), inputs(tokens, 256)
-    shared = neurons // 4
-    y_TD, counts_T = layer_forward(
-        x_TD, weights, router, ExpertChoice(top_k, selection), shared, bias_ED
-    )
+    layer = MoELayer(weights, neurons // 4, bias_ED, router)
+    y_TD, counts_T = layer_forward(x_TD, layer, ExpertChoice(top_k, selection))
     routing = route(x_TD, router, weights.activation, ExpertChoice(top_k, selection))
     assert 0 < routing.num_pairs < 4 * tokens
-    expected_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
+    expected_TD = masked_forward(x_TD, layer, routing)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
     assert counts_T.tolist() == routing.counts_T().tolist()
     # A tiny layer, and decoding where the kernel can be compiled, need no costs.
@@ -260,17 +260,18 @@ def test_a_few_tokens_are_decoded_in_one_call(
     decode = native.decode
 
     def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
-        calls.append(arguments[3:])
+        calls.append(arguments[1:])
         return decode(*arguments)
 
     monkeypatch.setattr(native, "decode", counted)
     choice = ExpertChoice(2, "threshold")
-    y_TD, _ = layer_forward(x_TD, weights, router, choice, neurons // 4, bias_ED)
-    assert calls == [(choice, neurons // 4, bias_ED)] * taken
+    layer = MoELayer(weights, neurons // 4, bias_ED, router)
+    y_TD, _ = layer_forward(x_TD, layer, choice)
+    assert calls == [(layer, choice)] * taken
     # What has gradients is computed by what can be differentiated.
     for tensor in (x_TD, router.weight_ED, router.scale_E, bias_ED):
         tensor.requires_grad_()
-        found_TD, _ = layer_forward(x_TD, weights, router, choice, neurons // 4, bias_ED)
+        found_TD, _ = layer_forward(x_TD, layer, choice)
         assert found_TD.requires_grad
         assert len(calls) == taken
         torch.testing.assert_close(found_TD, y_TD, rtol=1e-4, atol=1e-5)
@@ -295,7 +296,8 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     weights = make_ffn(16, 34, dtype=torch.float32, biases=True)
     router, (x_TD, bias_ED) = router_for(16, kind, weighting), inputs(tokens, 16)
     routing = route(x_TD, router, weights.activation, ExpertChoice(top_k, selection))
-    expected_TD = masked_forward(x_TD, weights, routing, 10, bias_ED)
+    layer = MoELayer(weights, 10, bias_ED, router)
+    expected_TD = masked_forward(x_TD, layer, routing)
     monkeypatch.setattr(ops, "backend_for", lambda *_: "triton")
     shapes: list[tuple[int, ...]] = []
 
@@ -306,10 +308,8 @@ def test_on_a_gpu_slots_go_to_the_kernels(
     monkeypatch.setattr(ops, "triton_slots", counted)
     if top_k == 1:
         # A list of pairs has as many as the values say: it would wait for the GPU.
-        monkeypatch.setattr(ops, "route_tokens", lambda *_: pytest.fail("pairs were counted"))
-    y_TD, counts_T = layer_forward(
-        x_TD, weights, router, ExpertChoice(top_k, selection), 10, bias_ED
-    )
+        monkeypatch.setattr(ops, "forwards", lambda *_: pytest.fail("pairs were counted"))
+    y_TD, counts_T = layer_forward(x_TD, layer, ExpertChoice(top_k, selection))
     assert counts_T.tolist() == routing.counts_T().tolist()
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
     slots = 1 if selection == "top-k" else 4

@@ -18,6 +18,7 @@ from weaver.artifacts.types import SELECTIONS, Router
 from weaver.kernels.grouped import grouped_forward
 from weaver.kernels.reference import (
     ExpertChoice,
+    MoELayer,
     Routing,
     masked_forward,
     route,
@@ -92,7 +93,7 @@ def test_masked_forward_is_the_loop(
     routing = make_routing(tokens, experts, top_k, **special)
     x_TD = torch.randn(tokens, hidden, dtype=torch.float64)
     bias_ED = torch.randn(experts, hidden, dtype=torch.float64) if biases else None
-    y_TD = masked_forward(x_TD, weights, routing, shared, bias_ED)
+    y_TD = masked_forward(x_TD, MoELayer(weights, shared, bias_ED), routing)
     assert y_TD.dtype == torch.float64
     expected_TD = token_by_token(x_TD, weights, routing, shared, bias_ED)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-10, atol=1e-10)
@@ -103,13 +104,14 @@ def test_every_activation(make_ffn: Any, make_routing: Any, activation: str) -> 
     weights, x_TD = make_ffn(6, 14, activation=activation), torch.randn(5, 6, dtype=torch.float64)
     routing = make_routing(5, 4, 2)
     torch.testing.assert_close(
-        masked_forward(x_TD, weights, routing, 2), token_by_token(x_TD, weights, routing, 2)
+        masked_forward(x_TD, MoELayer(weights, 2), routing),
+        token_by_token(x_TD, weights, routing, 2),
     )
 
 
 def test_a_static_layer_is_a_smaller_dense_one(make_ffn: Any) -> None:
     weights, x_TD = make_ffn(6, 14, biases=True), torch.randn(5, 6, dtype=torch.float64)
-    y_TD = masked_forward(x_TD, weights, None, 14)
+    y_TD = masked_forward(x_TD, MoELayer(weights, 14), None)
     torch.testing.assert_close(y_TD, glu_forward(x_TD, weights))
     torch.testing.assert_close(y_TD, token_by_token(x_TD, weights, None, 14))
 
@@ -126,14 +128,14 @@ def test_by_hand(forward: Callable[..., Tensor]) -> None:
     x_TD = torch.tensor([[2.0, 3.0], [-1.0, 3.0]])
     # Token 0: h = (2 * 2, 3 * 6, 5 * 2) = (4, 18, 10); token 1: h = (0, 18, 2 * -1) = (0, 18, -2).
     routing = Routing.of_top_k(torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]]), 2)
-    y_TD = forward(x_TD, weights, routing, 1)
+    y_TD = forward(x_TD, MoELayer(weights, 1), routing)
     assert y_TD.tolist() == [[4.0, 9.0], [-40.0, -40.0]]
     # The constants come with the factors: 0.5 * (100, 10) and 2 * (1, 7).
     constants_ED = torch.tensor([[100.0, 10.0], [1.0, 7.0]])
-    y_TD = forward(x_TD, weights, routing, 1, constants_ED)
+    y_TD = forward(x_TD, MoELayer(weights, 1, constants_ED), routing)
     assert y_TD.tolist() == [[54.0, 14.0], [-38.0, -26.0]]
     biased = replace(weights, output_bias_D=torch.tensor([1000.0, 2000.0]))
-    y_TD = forward(x_TD, biased, routing, 1, constants_ED)
+    y_TD = forward(x_TD, MoELayer(biased, 1, constants_ED), routing)
     assert y_TD.tolist() == [[1054.0, 2014.0], [962.0, 1974.0]]
 
 
@@ -294,7 +296,7 @@ def test_the_extremes_of_a_threshold(tokens: int, shared: int, experts: int, see
         routing = route(x_TD, moved, "silu", ExpertChoice(1, "threshold"))
         assert routing.num_pairs == pairs
         for forward in (masked_forward, grouped_forward):
-            y_TD = forward(x_TD, weights, routing, shared)
+            y_TD = forward(x_TD, MoELayer(weights, shared), routing)
             torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
 
 

@@ -23,7 +23,13 @@ from tiny_conversions import (
 )
 from tiny_models import PAD_ID, TINY, model_type, random_ids, tiny_config, tiny_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from weaver.algorithms.glu import glu_forward
 from weaver.artifacts.types import RouterKind
@@ -224,6 +230,18 @@ def test_saving_and_loading_keeps_every_bit(
     assert again.config.weaver == model.config.weaver
     assert again.config.weaver["recipe"] == {"seed": 0}
     assert type(again) is type(model)
+
+
+def test_a_dense_class_that_code_marked_as_its_own_takes_no_code_along(
+    open_tiny: OpenTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers does with the classes that a trusted folder's code names."""
+    _, _, model = converted(open_tiny, "llama", tmp_path / "moe", shared=8, experts=5, top_k=2)
+    monkeypatch.setattr(LlamaConfig, "_auto_class", "AutoConfig")
+    monkeypatch.setattr(LlamaForCausalLM, "_auto_class", "AutoModelForCausalLM")
+    model.save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("path", ["masked", "grouped"])

@@ -31,7 +31,6 @@ from transformers.masking_utils import eager_mask
 
 from weaver.algorithms.glu import glu_forward
 from weaver.kernels import ops
-from weaver.kernels.grouped import slice_neurons
 from weaver.models.accounting import LayerShape
 from weaver.models.hf import CONVERTED, register
 from weaver.models.moe import MoEFeedForward
@@ -289,7 +288,7 @@ def test_the_experts_are_the_routed_part_of_the_forward(
             assert experts is None
             continue
         assert experts is not None
-        shared = slice_neurons(ffn.weights(), 0, ffn.shape.num_shared_neurons)
+        shared = ffn.layer().shared()
         found = glu_forward(x_WTD, shared) + experts(x_WTD, *routing.slots())
         torch.testing.assert_close(found, ffn(x_WTD), rtol=1e-5, atol=1e-5)
         assert experts.forward(x_TD, *routing.slots()).shape == x_TD.shape

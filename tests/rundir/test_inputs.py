@@ -14,7 +14,8 @@ from weaver.artifacts.manifest import MANIFEST
 # Code in a model's folder, and the entry that names it.
 CODE = """
 open({trace!r}, "w").close()
-from transformers import LlamaConfig as Config
+from transformers import LlamaConfig
+class Config(LlamaConfig): pass
 """
 
 

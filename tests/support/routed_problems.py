@@ -10,8 +10,7 @@ from torch import Tensor
 from weaver.algorithms.glu import GluWeights
 from weaver.kernels.gpu.dispatch import Dispatch, dispatch_pairs
 from weaver.kernels.gpu.experts import Experts
-from weaver.kernels.grouped import slice_neurons
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.kernels.reference import MoELayer, Routing, masked_forward
 
 # Relative to the norm of the truth.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -33,9 +32,13 @@ class Problem:
     expert_bias_ED: Tensor | None
 
     @property
+    def layer(self) -> MoELayer:
+        return MoELayer(self.stored, self.num_shared, self.expert_bias_ED)
+
+    @property
     def experts(self) -> Experts:
         """The routed rows: views into the stored matrices."""
-        rows = slice_neurons(self.stored, self.num_shared, self.stored.intermediate_size)
+        rows = self.layer.routed()
         return Experts(
             rows.gate_FD,
             rows.up_FD,
@@ -49,13 +52,8 @@ class Problem:
 
     def truth(self) -> Tensor:
         """The routed part in float64, from the same rounded numbers."""
-        rows = slice_neurons(
-            self.stored, self.num_shared, self.stored.intermediate_size, output_bias=False
-        )
-        constants = None if self.expert_bias_ED is None else self.expert_bias_ED.double()
-        return masked_forward(
-            self.x_TD.double(), rows.to(torch.float64), self.routing, 0, constants
-        )
+        routed = MoELayer(self.layer.routed(), 0, self.expert_bias_ED).to(torch.float64)
+        return masked_forward(self.x_TD.double(), routed, self.routing)
 
 
 # T, D, S, E, N, slots per token, and what is special about the routing. Tiles have 16 rows.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from weaver.config.finetuning import FinetuneConfig
 from weaver.config.sections import ModelConfig
 from weaver.errors import WeaverError
-from weaver.kernels.reference import masked_forward, route_to_all
+from weaver.kernels.reference import MoELayer, masked_forward, route_to_all
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.moe import MoEFeedForward
 from weaver.training.balance import routed_layers
@@ -63,7 +63,7 @@ def test_every_expert_has_its_share(model: PreTrainedModel, temperature: float) 
     with routed_to_all(model, temperature):
         found_TD = layer(x_TD)
     weights, shared = layer.weights(), layer.shape.num_shared_neurons
-    torch.testing.assert_close(found_TD, masked_forward(x_TD, weights, routing, shared))
+    torch.testing.assert_close(found_TD, masked_forward(x_TD, MoELayer(weights, shared), routing))
     assert not torch.equal(layer(x_TD), found_TD)
 
 

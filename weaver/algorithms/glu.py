@@ -90,6 +90,22 @@ class GluWeights:
             up_bias_F=take(self.up_bias_F),
         )
 
+    def rows(self, begin: int, end: int, *, output_bias: bool = True) -> GluWeights:
+        """Neurons ``begin:end`` as views, with the output bias or without it."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[begin:end]
+
+        return replace(
+            self,
+            gate_FD=self.gate_FD[begin:end],
+            up_FD=self.up_FD[begin:end],
+            down_FD=self.down_FD[begin:end],
+            gate_bias_F=some(self.gate_bias_F),
+            up_bias_F=some(self.up_bias_F),
+            output_bias_D=self.output_bias_D if output_bias else None,
+        )
+
 
 def gate_activation(x_TD: Tensor, weights: GluWeights) -> Tensor:
     """Gate activations ``g = act(x gate^T + gate_bias)``, (T, F)."""

@@ -13,8 +13,7 @@ from torch.nn import functional
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_forward
 from weaver.kernels.backends import cpu_backend
 from weaver.kernels.cpu import op as native
-from weaver.kernels.grouped import slice_neurons
-from weaver.kernels.reference import Routing
+from weaver.kernels.reference import MoELayer, Routing
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -40,12 +39,13 @@ def dense_variants(weights: GluWeights) -> dict[str, Forward]:
     }
     is_cpu = weights.gate_FD.device.type == "cpu"
     if is_cpu and cpu_backend(weights.gate_FD.numel(), weights.gate_FD.dtype) == "native":
-        found["native"] = lambda x_TD: native.masked(x_TD, weights, None, 0)
+        layer = MoELayer(weights, weights.intermediate_size)
+        found["native"] = lambda x_TD: native.masked(x_TD, layer, None)
     return found
 
 
 def transformers_forward(
-    weights: GluWeights, num_shared: int, num_experts: int, implementation: str
+    layer: MoELayer, num_experts: int, implementation: str
 ) -> Callable[[Tensor, Routing], Tensor]:
     """The same MoE FFN with the experts of transformers, on a copy of the weights in its layout.
 
@@ -53,19 +53,18 @@ def transformers_forward(
     the experts of transformers have none.
 
     Args:
-        weights: the permuted FFN.
-        num_shared: S.
+        layer: the converted FFN.
         num_experts: E.
         implementation: "grouped_mm" or "batched_mm".
     """
     from transformers.integrations import moe
 
     forward = getattr(moe, f"{implementation}_experts_forward")
-    shared = slice_neurons(weights, 0, num_shared)
-    activate = ACTIVATIONS[weights.activation]
+    shared, routed = layer.shared(), layer.routed()
+    activate = ACTIVATIONS[routed.activation]
 
-    def by_expert(stored_FD: Tensor) -> Tensor:
-        return stored_FD[num_shared:].view(num_experts, -1, weights.hidden_size)
+    def by_expert(stored_RD: Tensor) -> Tensor:
+        return stored_RD.view(num_experts, -1, routed.hidden_size)
 
     def gated(both: Tensor) -> Tensor:
         gate, up = both.chunk(2, -1)
@@ -74,8 +73,8 @@ def transformers_forward(
 
     flags = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
     experts = SimpleNamespace(
-        gate_up_proj=torch.cat([by_expert(weights.gate_FD), by_expert(weights.up_FD)], dim=1),
-        down_proj=by_expert(weights.down_FD).transpose(1, 2).contiguous(),
+        gate_up_proj=torch.cat([by_expert(routed.gate_FD), by_expert(routed.up_FD)], dim=1),
+        down_proj=by_expert(routed.down_FD).transpose(1, 2).contiguous(),
         num_experts=num_experts,
         has_gate=True,
         _apply_gate=gated,

@@ -62,10 +62,8 @@ class LayerCase:
 
     @cached_property
     def transformers(self) -> Callable[[Tensor, Routing], Tensor]:
-        shape = self.module.shape
-        experts = shape.n_routed_experts
-        weights = self.module.weights()
-        return transformers_forward(weights, shape.num_shared_neurons, experts, "grouped_mm")
+        module = self.module
+        return transformers_forward(module.layer(), module.num_routed_experts, "grouped_mm")
 
 
 def synthetic_case(
@@ -191,11 +189,10 @@ def _calls(
     case: LayerCase, x_TD: Tensor, routing: Routing, level: FfnLevel
 ) -> dict[str, Callable[[], object]]:
     module = case.module
-    shared = module.shape.num_shared_neurons
     calls: dict[str, Callable[[], object]] = {
         name: partial(forward, x_TD) for name, forward in case.variants.items()
     }
-    given = partial(moe_forward, x_TD, module.weights(), routing, shared, module.expert_bias)
+    given = partial(moe_forward, x_TD, module.layer(), routing)
     calls["moe"] = given if level == "kernel" else partial(module, x_TD)
     calls["routing"] = partial(module.routing, x_TD)
     rows = (x_TD.shape[1], module.shape.moe_intermediate_size)
@@ -223,7 +220,6 @@ def speed_bound(dense: GluWeights, shape: LayerShape, routing: Routing) -> float
 
 def relative_error(case: LayerCase, routing: Routing, y_TD: Tensor) -> float:
     """``|y - y64| / |y64|`` on the first ``COMPARED`` tokens, the routing taken as it is."""
-    module = case.module
     first = routing.tokens_P < COMPARED
     compared = min(COMPARED, routing.num_tokens)
     some = Routing(
@@ -233,14 +229,8 @@ def relative_error(case: LayerCase, routing: Routing, y_TD: Tensor) -> float:
         compared,
         routing.num_experts,
     )
-    bias_ED = None if module.expert_bias is None else module.expert_bias.double()
-    truth_TD = masked_forward(
-        case.x_TD[:compared].double(),
-        module.weights().to(torch.float64),
-        some,
-        module.shape.num_shared_neurons,
-        bias_ED,
-    )
+    exact = case.module.layer().to(torch.float64)
+    truth_TD = masked_forward(case.x_TD[:compared].double(), exact, some)
     error = (y_TD[:compared].double() - truth_TD).norm() / truth_TD.norm()
     return float(error)
 

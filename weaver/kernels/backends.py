@@ -10,17 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weaver.algorithms.glu import GluWeights, glu_forward
+from weaver.algorithms.glu import glu_forward
 from weaver.artifacts.types import Router
 from weaver.kernels.cpu import build
 from weaver.kernels.cpu import op as native
-from weaver.kernels.grouped import grouped_forward, slice_neurons
-from weaver.kernels.reference import ExpertChoice, Routing, masked_forward, route
+from weaver.kernels.grouped import grouped_forward
+from weaver.kernels.reference import ExpertChoice, MoELayer, Routing, masked_forward, route
 
 Backend = Literal["torch", "native", "triton"]
 Path = Literal["masked", "grouped"]
-Masked = Callable[[Tensor, GluWeights, Routing | None, int, Tensor | None], Tensor]
-Grouped = Callable[[Tensor, GluWeights, Routing, int, Tensor | None], Tensor]
+Masked = Callable[[Tensor, MoELayer, Routing | None], Tensor]
+Grouped = Callable[[Tensor, MoELayer, Routing], Tensor]
 
 # Weights of one matrix below which the overhead of any call outweighs what it computes.
 SMALL = 2**17
@@ -53,35 +53,21 @@ def forwards(backend: Backend) -> Forwards:
     return Forwards(masked_forward, grouped_forward, route)
 
 
-def triton_forward(
-    x_TD: Tensor,
-    weights: GluWeights,
-    routing: Routing,
-    num_shared: int,
-    expert_bias_ED: Tensor | None = None,
-) -> Tensor:
+def triton_forward(x_TD: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
     """The Triton kernels for a routing; see ``triton_slots``."""
     ids_TK, factors_TK = routing.slots()
-    experts = routing.num_experts
-    return triton_slots(x_TD, weights, ids_TK, factors_TK, experts, num_shared, expert_bias_ED)
+    return triton_slots(x_TD, layer, ids_TK, factors_TK, routing.num_experts)
 
 
 def triton_slots(
-    x_TD: Tensor,
-    weights: GluWeights,
-    ids_TK: Tensor,
-    factors_TK: Tensor,
-    num_experts: int,
-    num_shared: int,
-    expert_bias_ED: Tensor | None = None,
+    x_TD: Tensor, layer: MoELayer, ids_TK: Tensor, factors_TK: Tensor, num_experts: int
 ) -> Tensor:
     """The shared expert as plain products, and the routed ones by the Triton kernels."""
     # triton is missing on macOS, and nothing but a GPU needs it.
     from weaver.kernels.gpu.op import routed_forward
 
-    shared_TD = glu_forward(x_TD, slice_neurons(weights, 0, num_shared))
-    routed = slice_neurons(weights, num_shared, weights.intermediate_size)
-    return shared_TD + routed_forward(
+    routed = layer.routed()
+    return glu_forward(x_TD, layer.shared()) + routed_forward(
         x_TD,
         routed.gate_FD,
         routed.up_FD,
@@ -89,14 +75,14 @@ def triton_slots(
         ids_TK,
         factors_TK,
         num_experts,
-        weights.activation,
+        routed.activation,
         routed.gate_bias_F,
         routed.up_bias_F,
-        expert_bias_ED,
+        layer.expert_bias_ED,
     )
 
 
-def backend_for(x_TD: Tensor, weights: GluWeights, *differentiable: Tensor | None) -> Backend:
+def backend_for(x_TD: Tensor, layer: MoELayer, factors_P: Tensor | None = None) -> Backend:
     """Choose the backend of a call by device, dtype, size and whether gradients are needed.
 
     triton: on a CUDA device with the triton package, gradients included. native: on a CPU in one of
@@ -105,9 +91,10 @@ def backend_for(x_TD: Tensor, weights: GluWeights, *differentiable: Tensor | Non
 
     Args:
         x_TD: inputs.
-        weights: the FFN.
-        differentiable: other tensors that may need gradients.
+        layer: the converted FFN.
+        factors_P: of a routing that is given, which may need gradients.
     """
+    weights, router = layer.weights, layer.router
     size, dtype = weights.gate_FD.numel(), weights.gate_FD.dtype
     if x_TD.dtype != dtype:
         return "torch"
@@ -115,9 +102,12 @@ def backend_for(x_TD: Tensor, weights: GluWeights, *differentiable: Tensor | Non
         return "triton" if size >= SMALL and dtype in native.DTYPES else "torch"
     if x_TD.device.type != "cpu":
         return "torch"
-    tensors = (x_TD, weights.gate_FD, weights.up_FD, weights.down_FD, *differentiable)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "torch"
+    if torch.is_grad_enabled():
+        tensors = [x_TD, weights.gate_FD, weights.up_FD, weights.down_FD, layer.expert_bias_ED]
+        if router is not None:
+            tensors += [router.weight_ED, router.up_weight_ED, router.bias_E, router.scale_E]
+        if any(each is not None and each.requires_grad for each in (*tensors, factors_P)):
+            return "torch"
     return cpu_backend(size, dtype)
 
 

@@ -30,9 +30,8 @@ from weaver.artifacts.types import Router
 from weaver.errors import WeaverError
 from weaver.kernels.backends import Backend, Path, forwards
 from weaver.kernels.cpu.build import compiled_kernel
-from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.machine import cpu_name
-from weaver.kernels.reference import ExpertChoice, Routing
+from weaver.kernels.reference import ExpertChoice, MoELayer, Routing
 from weaver.kernels.timing import interleave
 
 # Tokens at which a kind of layer is timed; times in between are interpolated, beyond extrapolated.
@@ -42,8 +41,7 @@ REPEATS = 11
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LayerKind:
+class LayerKind(NamedTuple):
     """Layers that cost the same: all that matters but the split into shared and routed neurons.
 
     Args:
@@ -183,10 +181,10 @@ def measure(kind: LayerKind) -> Costs:
     matrix_FD = torch.full(sizes, 0.01, dtype=kind.dtype, device=device)
     gate_FD, up_FD, down_FD = matrix_FD, matrix_FD.clone(), matrix_FD.clone()
     down_DF = matrix_FD.t().contiguous()
-    weights = GluWeights(gate_FD, up_FD, down_FD, "silu")
     experts = kind.neurons // kind.width
     shared = kind.neurons - experts * kind.width
-    routed = slice_neurons(weights, shared, kind.neurons)
+    layer = MoELayer(GluWeights(gate_FD, up_FD, down_FD, "silu"), shared)
+    routed = MoELayer(layer.routed(), 0)
     half_of_them = ExpertChoice(max(1, experts // 2))
     router = Router(
         kind="linear",
@@ -208,8 +206,8 @@ def measure(kind: LayerKind) -> Costs:
         timings = interleave(
             {
                 "dense": dense,
-                "masked": partial(_call, chosen.masked, x_TD, weights, every, shared),
-                "expert": partial(_call, chosen.grouped, twice_TD, routed, half, 0),
+                "masked": partial(_call, chosen.masked, x_TD, layer, every),
+                "expert": partial(_call, chosen.grouped, twice_TD, routed, half),
                 "routing": partial(_call, chosen.route, x_TD, router, "silu", half_of_them),
             },
             repeats=REPEATS,

@@ -6,7 +6,7 @@ expert; the shared expert and every routed expert are then row slices of three m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -15,6 +15,37 @@ from torch.nn import functional
 
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights, glu_hidden
 from weaver.artifacts.types import Router, Selection
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One converted FFN, as every implementation takes it.
+
+    Args:
+        weights: the permuted FFN, shared neurons first.
+        num_shared: S.
+        expert_bias_ED: constant b_e of every expert, (E, D), or None; not used by a static layer.
+        router: of its experts; None for a static layer and where the routing is given.
+    """
+
+    weights: GluWeights
+    num_shared: int
+    expert_bias_ED: Tensor | None = None
+    router: Router | None = None
+
+    def to(self, dtype: torch.dtype) -> MoELayer:
+        """The same in another dtype, but for the router, whose scores are float32 in any."""
+        bias_ED = None if self.expert_bias_ED is None else self.expert_bias_ED.to(dtype)
+        return replace(self, weights=self.weights.to(dtype), expert_bias_ED=bias_ED)
+
+    def shared(self) -> GluWeights:
+        """The shared expert with the output bias, without copying."""
+        return self.weights.rows(0, self.num_shared)
+
+    def routed(self) -> GluWeights:
+        """All routed experts without the output bias, without copying."""
+        end = self.weights.intermediate_size
+        return self.weights.rows(self.num_shared, end, output_bias=False)
 
 
 @dataclass(frozen=True)
@@ -233,13 +264,7 @@ def _shares(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
     return (chosen_TK - chosen_TK.detach().logsumexp(dim=-1, keepdim=True)).exp()
 
 
-def masked_forward(
-    x_TD: Tensor,
-    weights: GluWeights,
-    routing: Routing | None,
-    num_shared: int,
-    expert_bias_ED: Tensor | None = None,
-) -> Tensor:
+def masked_forward(x_TD: Tensor, layer: MoELayer, routing: Routing | None) -> Tensor:
     """``y = h_shared Wd_shared + sum_{e selected} w_e (h_e Wd_e + b_e) + output_bias``, (T, D).
 
     ``h_e`` are the neurons of expert e, ``Wd_e`` their rows of the down projection, ``b_e`` the
@@ -248,18 +273,17 @@ def masked_forward(
 
     Args:
         x_TD: FFN inputs, (T, D).
-        weights: the permuted FFN, shared neurons first.
+        layer: the converted FFN.
         routing: the tokens' experts; None for a static layer.
-        num_shared: S.
-        expert_bias_ED: constant b_e of every expert, (E, D), or None; not used by a static layer.
     """
+    weights = layer.weights
     hidden_TF = glu_hidden(x_TD, weights)
     if routing is not None:
         factors_TE = routing.factors_TE().to(x_TD.dtype)
         # In place on a view: at this size a copy of (T, F) costs as much as the multiply-adds.
-        routed_TEN = hidden_TF[:, num_shared:].unflatten(1, (routing.num_experts, -1))
+        routed_TEN = hidden_TF[:, layer.num_shared :].unflatten(1, (routing.num_experts, -1))
         routed_TEN.mul_(factors_TE[:, :, None])
     y_TD = hidden_TF @ weights.down_FD
-    if routing is not None and expert_bias_ED is not None:
-        y_TD = torch.addmm(y_TD, factors_TE, expert_bias_ED)
+    if routing is not None and layer.expert_bias_ED is not None:
+        y_TD = torch.addmm(y_TD, factors_TE, layer.expert_bias_ED)
     return y_TD if weights.output_bias_D is None else y_TD + weights.output_bias_D

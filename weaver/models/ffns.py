@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from weaver.algorithms.glu import GluWeights
-from weaver.kernels.grouped import slice_neurons
 from weaver.models.accounting import LayerShape
 from weaver.models.families import Family
 from weaver.models.sites import Site, TwoLevelShape, number_sites, read_shape
@@ -241,9 +240,9 @@ class SplitFfns(Ffns):
         if not site.is_inner:
             return whole
         if site.expert is None:
-            return slice_neurons(whole, 0, shape.num_shared_neurons)
+            return whole.rows(0, shape.num_shared_neurons)
         begin = shape.num_shared_neurons + site.expert * shape.moe_intermediate_size
-        rows = slice_neurons(whole, begin, begin + shape.moe_intermediate_size)
+        rows = whole.rows(begin, begin + shape.moe_intermediate_size)
         bias_ED = stored("expert_bias")
         # The constant of an expert is the output bias of an FFN of its own.
         return rows if bias_ED is None else replace(rows, output_bias_D=bias_ED[site.expert])

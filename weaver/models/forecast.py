@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -48,7 +47,7 @@ def predicted_seconds(
     # Experts that overlap are stored with more neurons than the dense layer has.
     dense = costs.at(costs.dense, tokens)
     if shape.total_neurons > intermediate_size:
-        kind = replace(kind, neurons=shape.total_neurons)
+        kind = kind._replace(neurons=shape.total_neurons)
         costs = costs_of(kind)
     chosen = costs.seconds(work, kind, costs.faster(work, kind))
     return dense, chosen + costs.at(costs.routing, tokens)

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Compensation, ExpertLayout, Router
 from weaver.kernels.backends import backend_for
-from weaver.kernels.grouped import slice_neurons
 from weaver.kernels.ops import choose_path, layer_forward, moe_forward, route_tokens
-from weaver.kernels.reference import ExpertChoice, Routing, route_to_all, router_logits
+from weaver.kernels.reference import (
+    ExpertChoice,
+    MoELayer,
+    Routing,
+    route_to_all,
+    router_logits,
+)
 from weaver.models.accounting import LayerShape
 from weaver.models.pacing import PacedLayer, Pacer
 
@@ -128,12 +133,17 @@ class MoEFeedForward(nn.Module):
             output_bias_D=self.output_bias,
         )
 
+    def layer(self) -> MoELayer:
+        """The converted FFN as the kernels take it."""
+        router = None if self.router is None else self.router()
+        return MoELayer(self.weights(), self.shape.num_shared_neurons, self.expert_bias, router)
+
     def routing(self, x_TD: Tensor) -> Routing | None:
         """The experts of every token; None for a static layer."""
         if self.router is None:
             return None
         with torch.autocast(x_TD.device.type, enabled=False):
-            return route_tokens(x_TD, self.weights(), self.router(), self._choice(x_TD))
+            return route_tokens(x_TD, self.layer(), self._choice(x_TD))
 
     def probabilities(self, x_TD: Tensor) -> Tensor:
         """``p = softmax(s)`` of the router, in float32, (T, E)."""
@@ -143,9 +153,9 @@ class MoEFeedForward(nn.Module):
 
     def path(self, x_TD: Tensor, routing: Routing) -> str:
         """Name backend and path of these tokens: "native grouped", "torch masked", ..."""
-        weights = self.weights()
-        backend = backend_for(x_TD, weights, routing.weights_P, self.expert_bias)
-        return f"{backend} {choose_path(weights, routing, self.shape.num_shared_neurons, backend)}"
+        layer = self.layer()
+        backend = backend_for(x_TD, layer, routing.weights_P)
+        return f"{backend} {choose_path(layer, routing, backend)}"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # The kernels are chosen by what they cost and one of them is compiled here: torch.compile
@@ -158,30 +168,21 @@ class MoEFeedForward(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         device = x_TD.device.type
         if not torch.is_autocast_enabled(device):
-            return self._ffn(x_TD, self.weights(), self.expert_bias).view_as(hidden_states)
+            return self._ffn(x_TD, self.layer()).view_as(hidden_states)
         # The kernels take one dtype, and autocast knows nothing of them. Router scores stay in
         # float32, as they are in a model that is stored in 16 bits.
         dtype = torch.get_autocast_dtype(device)
-        bias_ED = None if self.expert_bias is None else self.expert_bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            y_TD = self._ffn(x_TD.to(dtype), self.weights().to(dtype), bias_ED)
+            y_TD = self._ffn(x_TD.to(dtype), self.layer().to(dtype))
         return y_TD.view_as(hidden_states)
 
-    def _ffn(self, x_TD: Tensor, weights: GluWeights, expert_bias_ED: Tensor | None) -> Tensor:
-        shared = self.shape.num_shared_neurons
-        if self.router is None:
-            return moe_forward(x_TD, weights, None, shared)
+    def _ffn(self, x_TD: Tensor, layer: MoELayer) -> Tensor:
+        if layer.router is None:
+            return moe_forward(x_TD, layer, None)
         if self.temperature is not None:
-            routing = route_to_all(x_TD, self.router(), self.activation, self.temperature)
-            return moe_forward(x_TD, weights, routing, shared, expert_bias_ED)
-        y_TD, counts_T = layer_forward(
-            x_TD,
-            weights,
-            self.router(),
-            self._choice(x_TD),
-            shared,
-            expert_bias_ED,
-        )
+            routing = route_to_all(x_TD, layer.router, self.activation, self.temperature)
+            return moe_forward(x_TD, layer, routing)
+        y_TD, counts_T = layer_forward(x_TD, layer, self._choice(x_TD))
         if self.pace is not None:
             pacer, index = self.pace
             pacer.record(index, counts_T)
@@ -245,13 +246,11 @@ class RoutedExperts:
             top_k_index: expert ids, no id twice for a token; E stands for none, (T, K).
             top_k_weights: factors of the experts' outputs, (T, K).
         """
-        layer, shape = self._layer, self._layer.shape
+        layer, experts = self._layer.layer(), self._layer.num_routed_experts
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = Routing.of_slots(top_k_index, top_k_weights, shape.n_routed_experts)
-        routed = slice_neurons(
-            layer.weights(), shape.num_shared_neurons, shape.total_neurons, output_bias=False
-        )
-        return moe_forward(x_TD, routed, routing, 0, layer.expert_bias).view_as(hidden_states)
+        routing = Routing.of_slots(top_k_index, top_k_weights, experts)
+        routed = MoELayer(layer.routed(), 0, layer.expert_bias_ED)
+        return moe_forward(x_TD, routed, routing).view_as(hidden_states)
 
     __call__ = forward
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from weaver.algorithms.glu import ACTIVATIONS, GluWeights
 from weaver.kernels.gpu import backward
 from weaver.kernels.gpu.backward import Needs, routed_gradients
-from weaver.kernels.reference import masked_forward
+from weaver.kernels.reference import MoELayer, masked_forward
 
 CASES = (
     "ordinary",
@@ -67,7 +67,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
         leaf.get("up_bias"),
     )
     routing = replace(problem.routing, weights_P=leaf["factors"])
-    y_TD = masked_forward(leaf["x"], weights, routing, 0, leaf.get("expert_bias"))
+    y_TD = masked_forward(leaf["x"], MoELayer(weights, 0, leaf.get("expert_bias")), routing)
     toward_TD = gradient_toward(problem).double()
     found = torch.autograd.grad(y_TD, list(leaf.values()), toward_TD)
     gradients = dict(zip(leaf, found, strict=True))

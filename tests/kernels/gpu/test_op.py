@@ -16,7 +16,7 @@ from weaver.algorithms.glu import GluWeights
 from weaver.kernels.gpu import backward, decode, prefill
 from weaver.kernels.gpu.experts import Experts
 from weaver.kernels.gpu.op import routed_forward
-from weaver.kernels.reference import Routing, masked_forward
+from weaver.kernels.reference import MoELayer, Routing, masked_forward
 
 
 def arguments(x_TD: Tensor, experts: Experts, ids_TK: Tensor, factors_TK: Tensor) -> list[Any]:
@@ -124,7 +124,7 @@ def test_gradients_reach_the_stored_matrices(make_problem: Any, case: str) -> No
         gate[shared:], up[shared:], down[shared:], "silu", gate_bias[shared:], up_bias[shared:]
     )
     expected = torch.autograd.grad(
-        masked_forward(x, weights, problem.routing, 0, constants).sum(), theirs
+        masked_forward(x, MoELayer(weights, 0, constants), problem.routing).sum(), theirs
     )
     for ours_, theirs_ in zip(found, expected, strict=False):
         assert relative_error(ours_, theirs_) < TOLERANCE[torch.float32]
@@ -210,7 +210,9 @@ def test_by_hand() -> None:
     )
     assert y_TD.tolist() == [[90.5, 183.5]]
     routing = Routing(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]), 1, 2)
-    expected_TD = masked_forward(x_TD, GluWeights(*weights, "relu"), routing, 0, constants_ED)
+    expected_TD = masked_forward(
+        x_TD, MoELayer(GluWeights(*weights, "relu"), 0, constants_ED), routing
+    )
     assert torch.equal(y_TD, expected_TD)
 
 

@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weaver.algorithms.glu import GluWeights
 from weaver.artifacts.types import Router
-from weaver.kernels.reference import ExpertChoice, Routing
+from weaver.kernels.reference import ExpertChoice, MoELayer, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def moe(
-    x_TD: Tensor,
-    weights: GluWeights,
-    routing: Routing,
-    num_shared: int,
-    expert_bias_ED: Tensor | None = None,
-) -> Tensor:
+def moe(x_TD: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
     """The MoE FFN from the chosen experts alone; see ``weaver.kernels.reference.masked_forward``.
 
     A slice of neurons with few tokens is read once, row by row, for all of them; with more tokens
@@ -29,14 +22,12 @@ def moe(
 
     Args:
         x_TD: FFN inputs on the CPU, in one of ``DTYPES``, (T, D).
-        weights: the permuted FFN in the same dtype, shared neurons first; rows may be strided.
+        layer: the converted FFN in the same dtype; rows may be strided.
         routing: the tokens' experts.
-        num_shared: S.
-        expert_bias_ED: constant of every expert, (E, D), or None.
     """
     y_TD: Tensor = torch.ops.weaver_cpu.moe(
-        *_common(x_TD, weights, expert_bias_ED),
-        num_shared,
+        *_common(x_TD, layer),
+        layer.num_shared,
         routing.num_experts,
         routing.tokens_P,
         routing.experts_P,
@@ -45,18 +36,10 @@ def moe(
     return y_TD
 
 
-def masked(
-    x_TD: Tensor,
-    weights: GluWeights,
-    routing: Routing | None,
-    num_shared: int,
-    expert_bias_ED: Tensor | None = None,
-) -> Tensor:
+def masked(x_TD: Tensor, layer: MoELayer, routing: Routing | None) -> Tensor:
     """The same from all neurons, each multiplied by its expert's factor; routing None is dense."""
     factors_TE = None if routing is None else routing.factors_TE()
-    y_TD: Tensor = torch.ops.weaver_cpu.masked(
-        *_common(x_TD, weights, expert_bias_ED), num_shared, factors_TE
-    )
+    y_TD: Tensor = torch.ops.weaver_cpu.masked(*_common(x_TD, layer), layer.num_shared, factors_TE)
     return y_TD
 
 
@@ -75,20 +58,14 @@ def route(
     return Routing(tokens_P, experts_P, factors_P, x_TD.shape[0], experts, k)
 
 
-def decode(
-    x_TD: Tensor,
-    weights: GluWeights,
-    router: Router,
-    choice: ExpertChoice,
-    num_shared: int,
-    expert_bias_ED: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def decode(x_TD: Tensor, layer: MoELayer, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """``route`` and ``moe`` in one call, for a few tokens; also each token's number of experts."""
+    assert layer.router is not None, "a static layer routes nothing"
     y_TD, counts_T = torch.ops.weaver_cpu.decode(
-        *_common(x_TD, weights, expert_bias_ED),
-        num_shared,
-        *_router(router),
-        *_choice(router, choice),
+        *_common(x_TD, layer),
+        layer.num_shared,
+        *_router(layer.router),
+        *_choice(layer.router, choice),
     )
     return y_TD, counts_T
 
@@ -112,9 +89,8 @@ def _router(router: Router) -> tuple[Tensor | None, ...]:
     )
 
 
-def _common(
-    x_TD: Tensor, weights: GluWeights, expert_bias_ED: Tensor | None
-) -> tuple[Tensor | str | None, ...]:
+def _common(x_TD: Tensor, layer: MoELayer) -> tuple[Tensor | str | None, ...]:
+    weights = layer.weights
     return (
         x_TD,
         weights.gate_FD,
@@ -123,6 +99,6 @@ def _common(
         weights.gate_bias_F,
         weights.up_bias_F,
         weights.output_bias_D,
-        expert_bias_ED,
+        layer.expert_bias_ED,
         weights.activation,
     )
