@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from weaver.artifacts.bench_results import BenchResult
 from weaver.artifacts.dtypes import DTYPES
@@ -59,6 +59,9 @@ from weaver.stages.finetune import finetune
 from weaver.stages.generate import model_folder
 from weaver.stages.partition import partition
 from weaver.stages.pipeline import conversion_calls, run_pipeline
+
+if TYPE_CHECKING:
+    from weaver.models.loading import CausalLM
 
 RunDir = str | PathLike[str]
 S = TypeVar("S", bound=Section)
@@ -261,7 +264,7 @@ def convert(
 
 def load(
     source: Run | RunDir, dtype: DtypeName = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """Load a converted model and its tokenizer for inference.
 
     Args:

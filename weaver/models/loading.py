@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from weaver.artifacts.store import check_tensors_file
 from weaver.errors import WeaverError
 from weaver.models.hf import register
 from weaver.models.intake import library_errors, read_config
 from weaver.models.locate import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    class CausalLM(PreTrainedModel):
+        """A loaded model with ``generate``, which transformers' annotations leave out."""
+
+        def generate(self, *arguments: Any, **options: Any) -> Any: ...
+
 
 _RERUN = "rerun the stage that wrote it with --force"
 
@@ -23,7 +32,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     fix: str = _RERUN,
-) -> PreTrainedModel:
+) -> CausalLM:
     """Load a causal language model for inference.
 
     Args:
@@ -51,7 +60,7 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    model: PreTrainedModel = loaded[0]
+    model: CausalLM = loaded[0]
     info: dict[str, Any] = loaded[1]
     problems = {
         kind: sorted(info[kind])
@@ -64,5 +73,5 @@ def load_model(
             why="every key of the checkpoint must belong to the model, and the other way round",
             fix=fix,
         )
-    model.eval()
+    model.train(False)
     return model
