@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import run_config, run_stages
+from tiny_runs import file_times, run_config, run_stages
 
+from weaver.artifacts.manifest import read_manifest, write_manifest
 from weaver.evaluation.generation import Decoding
 from weaver.stages.generate import generate
 
@@ -85,3 +86,17 @@ def test_the_stages_that_load_models(tiny_llama: Path, tmp_path: Path) -> None:
         generate(str(tmp_path), "The whale", Decoding(4, 0.0, 1.0, 0), on_text=texts.append)
     assert list(manifests)[-3:] == ["finetune", "eval", "bench"]
     assert texts
+
+
+def test_a_run_goes_on_where_another_device_stopped(tiny_llama: Path, tmp_path: Path) -> None:
+    config = run_config(tiny_llama)
+    run_stages(config, tmp_path, until="partition")
+    for stage in ("calibrate", "partition"):
+        manifest = read_manifest(tmp_path / stage, rebuild="weaver run")
+        write_manifest(tmp_path / stage, manifest.model_copy(update={"device": "cuda:1"}))
+    before = file_times(tmp_path)
+    manifests = run_stages(config, tmp_path, until="build-router")
+    devices = {stage: manifest.device for stage, manifest in manifests.items()}
+    assert devices == {"calibrate": "cuda:1", "partition": "cuda:1", "build-router": "cpu"}
+    after = file_times(tmp_path)
+    assert {name: after[name] for name in before} == before

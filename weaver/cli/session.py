@@ -81,7 +81,7 @@ def make_context(
     dry_run: bool = False,
     data_dir: Path | None = None,
     trust_remote_code: bool = False,
-    device: str = "auto",
+    device: str = "cpu",
 ) -> StageContext:
     """The context of a command on this console, which prints everything unless told otherwise."""
     output = output or Output()

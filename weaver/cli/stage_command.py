@@ -48,13 +48,16 @@ OF_STAGES = (
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """Values of the options in ``SHARED``; those that a command lacks keep their default."""
+    """Values of the options in ``SHARED``; those that a command lacks keep their default.
+
+    A command that lacks ``--device`` computes on the CPU.
+    """
 
     run_dir: Path = Path()
     config: Path | None = None
     overrides: tuple[str, ...] = ()
     seed: int | None = None
-    device: str | None = None
+    device: str | None = "cpu"
     force: bool = False
     dry_run: bool = False
     data_dir: Path | None = None
