@@ -42,6 +42,7 @@ from weaver.config.sections import (
     RouterConfig,
     Section,
 )
+from weaver.models.device import resolve_device
 from weaver.models.intake import load_tokenizer
 from weaver.models.loading import load_model
 from weaver.report.comparison import HEADERS, comparison_rows
@@ -79,6 +80,7 @@ class Run:
         progress: show the progress of stages on standard error.
         force: make a stage again; its new result takes the place of what its folder holds.
         trust_remote_code: let the dense model's own code run.
+        device: where stages compute: auto (a GPU if there is one), cpu, cuda or cuda:N.
     """
 
     path: Path
@@ -87,6 +89,7 @@ class Run:
     progress: bool = True
     force: bool = False
     trust_remote_code: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         # Frozen, and yet a text is as good as a path.
@@ -203,6 +206,7 @@ class Run:
             force=self.force,
             data_dir=self.data_dir,
             trust_remote_code=self.trust_remote_code,
+            device=resolve_device(self.device),
             progress=stage_progress() if self.progress else no_progress,
         )
 
@@ -236,7 +240,7 @@ def convert(
         calibration: a calibrate folder of another run, which replaces this run's own.
         sections: other values by section, as in a run file:
             ``{"calibrate": {"tokens": 16384}, "partition": {"num_experts": 8}}``.
-        settings: seed, data_dir, progress, force, trust_remote_code: see ``Run``. What is
+        settings: seed, data_dir, progress, force, trust_remote_code, device: see ``Run``. What is
             forced is this call alone.
 
     Returns:

@@ -26,6 +26,8 @@ from weaver.algorithms.statistics import (
 )
 from weaver.artifacts.types import LayerProfile
 
+CPU = torch.device("cpu")
+
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -251,7 +253,7 @@ def test_errors_count_relative_to_the_size_of_the_output() -> None:
 def test_a_weight_is_as_good_as_a_repetition(weights: list[int], seed: int) -> None:
     hidden_TF = torch.randn(len(weights), 3, generator=seeded(seed))
     weight_T = torch.tensor(weights)
-    weighted, repeated = Moments(3), Moments(3)
+    weighted, repeated = Moments(3, CPU), Moments(3, CPU)
     half = len(weights) // 2
     weighted.add(hidden_TF[:half], weight_T[:half].float())
     weighted.add(hidden_TF[half:], weight_T[half:].float())

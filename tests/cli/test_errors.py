@@ -429,3 +429,22 @@ def test_the_package_started_as_a_module_is_the_command() -> None:
     )
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.stdout), done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["calibrate", "convert", "run", "generate"])
+def test_a_gpu_that_is_not_there(
+    command: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", run_values(tiny_llama))
+    arguments: dict[str, list[str | Path]] = {
+        "calibrate": [tiny_llama, "--run-dir", run_dir],
+        "convert": [tiny_llama, run_dir],
+        "run": [config, "--run-dir", run_dir],
+        "generate": [tiny_llama, "The whale"],
+    }
+    result = _invoke(command, *arguments[command], "--device", "cuda")
+    assert result.exit_code == 1
+    assert "torch finds no GPU" in " ".join(result.output.split())
+    assert not run_dir.exists()

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from weaver.config.loading import RunConfig, load_run_config, load_section, load_seed, parse_config
+from weaver.config.loading import (
+    RunConfig,
+    load_device,
+    load_run_config,
+    load_section,
+    load_seed,
+    parse_config,
+)
 from weaver.config.sections import CalibrateConfig, EvalConfig, ModelConfig, PartitionConfig
 from weaver.errors import WeaverError
 
@@ -124,7 +131,7 @@ def test_known_keys_are_those_of_the_section(path: Path) -> None:
     assert "learning_rate" in caught.value.why
     with pytest.raises(WeaverError, match=r"pratition: .* did you mean partition") as caught:
         load_run_config(path, ["pratition.sparsity=0.5"])
-    assert caught.value.why.startswith("known keys are model, seed, calibrate, ")
+    assert caught.value.why.startswith("known keys are model, seed, device, calibrate, ")
 
 
 def test_no_model(tmp_path: Path) -> None:
@@ -207,6 +214,21 @@ def test_a_seed_that_is_no_number(path: Path, value: str) -> None:
     path.write_text(f"seed: {value}\n")
     with pytest.raises(WeaverError, match=r"seed .* is not a whole number"):
         load_seed(path, [], None)
+
+
+def test_the_device(path: Path) -> None:
+    assert load_device(path, [], None) == "auto"
+    path.write_text("device: cuda:1\n")
+    assert load_run_config(path, ["model=tiny"]).device == "cuda:1"
+    assert load_device(path, [], None) == "cuda:1"
+    assert load_device(path, ["device=cuda"], None) == "cuda"
+    assert load_device(path, ["device=cuda"], "cpu") == "cpu"
+
+
+def test_a_device_that_is_no_text(path: Path) -> None:
+    path.write_text("device: 1\n")
+    with pytest.raises(WeaverError, match="device 1 is not a text"):
+        load_device(path, [], None)
 
 
 def test_parsing_a_mapping() -> None:

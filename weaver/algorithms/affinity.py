@@ -67,5 +67,5 @@ def correlation_clusters(correlation_GG: Tensor, clusters: int) -> tuple[Tensor,
     # The tree is cut by the number of merges: equal distances cannot give fewer clusters.
     found_G = torch.from_numpy(cut_tree(tree_M4, n_clusters=[clusters])[:, 0])
     first = list(dict.fromkeys(found_G.tolist()))
-    numbered_G = torch.tensor([first.index(label) for label in found_G.tolist()])
+    numbered_G = torch.tensor([first.index(label) for label in found_G.tolist()], device="cpu")
     return torch.from_numpy(tree_M4), numbered_G

@@ -36,7 +36,8 @@ def balanced_assignment(cost_FE: Tensor, capacity: int) -> Tensor:
         raise ValueError(f"{points} points do not fill {clusters} clusters of {capacity}")
     if not bool(torch.isfinite(cost_FE).all()):
         raise ValueError("costs must be finite")
-    return torch.from_numpy(solve_transport(_as_floats(cost_FE), capacity).owner_F)
+    plan = solve_transport(_as_floats(cost_FE), capacity)
+    return torch.from_numpy(plan.owner_F).to(cost_FE.device)
 
 
 def balanced_kmeans(
@@ -76,15 +77,16 @@ def balanced_kmeans(
         raise ValueError("points must be finite")
     # Distances lose digits when all points lie far from the origin.
     points_FM = points_FM.float()
+    device = points_FM.device
     centred_FM = points_FM - points_FM.mean(0)
     centroids_EM = _seed_centroids(centred_FM, num_clusters, generator)
-    best_F, best = torch.empty(0, dtype=torch.int64), math.inf
+    best_F, best = torch.empty(0, dtype=torch.int64, device=device), math.inf
     prices_E: Floats | None = None
     for _ in range(max_iterations):
         cost_FE = _as_floats(_relative_distances(centred_FM, centroids_EM))
         plan = solve_transport(cost_FE, count // num_clusters, prices_E)
         prices_E = plan.prices_E
-        owner_F = torch.from_numpy(plan.owner_F)
+        owner_F = torch.from_numpy(plan.owner_F).to(device)
         centroids_EM = cluster_means(centred_FM, owner_F, num_clusters)
         objective = within_cluster_cost(centred_FM, owner_F, centroids_EM)
         previous = best
@@ -97,9 +99,8 @@ def balanced_kmeans(
 
 def cluster_means(points_FM: Tensor, owner_F: Tensor, num_clusters: int) -> Tensor:
     """Mean point of every cluster, float32, (E, M); no cluster may be empty."""
-    sums_EM = torch.zeros(num_clusters, points_FM.shape[1]).index_add_(
-        0, owner_F, points_FM.float()
-    )
+    sums_EM = torch.zeros(num_clusters, points_FM.shape[1], device=points_FM.device)
+    sums_EM.index_add_(0, owner_F, points_FM.float())
     return sums_EM / torch.bincount(owner_F, minlength=num_clusters)[:, None]
 
 
@@ -124,15 +125,18 @@ def _seed_centroids(points_FM: Tensor, num_clusters: int, generator: torch.Gener
 
     Of several candidates the one that lowers the total distance most becomes the next seed.
     """
+    count = points_FM.shape[0]
     trials = 2 + int(math.log(num_clusters))
     square_F1 = torch.linalg.vector_norm(points_FM, dim=1, keepdim=True).square()
-    chosen = [int(torch.randint(points_FM.shape[0], (1,), generator=generator))]
+    chosen = [int(torch.randint(count, (1,), generator=generator, device="cpu"))]
     nearest_F = square_F1[:, 0] + _relative_distances(points_FM, points_FM[chosen])[:, 0]
     nearest_F = nearest_F.clamp_min(0.0)
     for _ in range(1, num_clusters):
         # Where only copies of the seeds are left, any point is as good as another.
         weight_F = nearest_F if bool(nearest_F.sum() > 0) else torch.ones_like(nearest_F)
-        candidates_n = torch.multinomial(weight_F, trials, replacement=True, generator=generator)
+        candidates_n = torch.multinomial(
+            weight_F.cpu(), trials, replacement=True, generator=generator
+        ).to(points_FM.device)
         distances_Fn = square_F1 + _relative_distances(points_FM, points_FM[candidates_n])
         distances_Fn = torch.minimum(distances_Fn.clamp_min(0.0), nearest_F[:, None])
         best = int(distances_Fn.sum(0).argmin())

@@ -56,20 +56,24 @@ class GluWeights:
         return self.gate_FD.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.gate_FD.device
+
+    @property
     def hidden_size(self) -> int:
         return self.gate_FD.shape[1]
 
-    def to(self, dtype: torch.dtype) -> GluWeights:
-        """The same weights in another dtype."""
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> GluWeights:
+        """The same weights in another dtype, and on a device; by default where they are."""
 
         def cast(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(dtype)
+            return None if tensor is None else tensor.to(device, dtype)
 
         return replace(
             self,
-            gate_FD=self.gate_FD.to(dtype),
-            up_FD=self.up_FD.to(dtype),
-            down_FD=self.down_FD.to(dtype),
+            gate_FD=self.gate_FD.to(device, dtype),
+            up_FD=self.up_FD.to(device, dtype),
+            down_FD=self.down_FD.to(device, dtype),
             gate_bias_F=cast(self.gate_bias_F),
             up_bias_F=cast(self.up_bias_F),
             output_bias_D=cast(self.output_bias_D),

@@ -29,9 +29,9 @@ def marker_columns(
         intermediate_size: F.
     """
     tokens, top_k = markers_TA.shape
-    row_of_F = torch.full((intermediate_size,), -1, dtype=torch.int64)
-    row_of_F[neurons_n] = torch.arange(neurons_n.numel())
-    rows = row_of_F[markers_TA.reshape(-1).long()].numpy()
+    row_of_F = torch.full((intermediate_size,), -1, dtype=torch.int64, device="cpu")
+    row_of_F[neurons_n.cpu()] = torch.arange(neurons_n.numel(), device="cpu")
+    rows = row_of_F[markers_TA.reshape(-1).long().cpu()].numpy()
     columns = np.repeat(np.arange(tokens), top_k)
     known = rows >= 0
     ones = np.ones(int(known.sum()))
@@ -58,7 +58,7 @@ def l1_distances(binary_nT: sparse.csr_array, centroids_ET: Floats) -> Floats:
 
 def mean_columns(binary_nT: sparse.csr_array, owner_n: Tensor, num_clusters: int) -> Floats:
     """Mean marker column of every cluster, (E, T); no cluster may be empty."""
-    owners = owner_n.numpy()
+    owners = owner_n.cpu().numpy()
     size_E = np.bincount(owners, minlength=num_clusters)
     points = owners.size
     membership_En = sparse.csr_array(

@@ -8,6 +8,8 @@ from torch import Tensor
 # Added to the diagonal of a standardised Gram matrix, so that constant columns stay solvable.
 _JITTER = 1e-6
 
+_CPU = torch.device("cpu")
+
 
 def ridge_fit(x_TD: Tensor, y_TE: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Linear regression with an intercept and an L2 penalty on standardised inputs.
@@ -56,15 +58,18 @@ class ShrunkRegression:
         columns: P, regressors.
         outputs: D.
         penalised: leading regressors whose coefficients are shrunk.
+        device: of the sums and of the chunks.
     """
 
     HELD_OUT = 8
 
-    def __init__(self, columns: int, outputs: int, penalised: int) -> None:
+    def __init__(
+        self, columns: int, outputs: int, penalised: int, device: torch.device = _CPU
+    ) -> None:
         self.penalised = penalised
-        self._gram_2PP = torch.zeros(2, columns, columns)
-        self._cross_2PD = torch.zeros(2, columns, outputs)
-        self._square_2 = torch.zeros(2, dtype=torch.float64)
+        self._gram_2PP = torch.zeros(2, columns, columns, device=device)
+        self._cross_2PD = torch.zeros(2, columns, outputs, device=device)
+        self._square_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self._chunks = 0
 
     def add(self, z_TP: Tensor, y_TD: Tensor, weight_T: Tensor | None = None) -> None:

@@ -52,7 +52,7 @@ def fit_sensitivity(
         logs_T = logs_T - known_T.log()
     block_T = places_T // _PLACES
     count_B = torch.bincount(block_T).clamp_min(1)
-    mean_B = torch.zeros(count_B.numel()).index_add(0, block_T, logs_T) / count_B
+    mean_B = logs_T.new_zeros(count_B.numel()).index_add(0, block_T, logs_T) / count_B
     logs_T = logs_T - mean_B[block_T]
     weight_1D, bias_1 = ridge_fit(x_TD, logs_T[:, None], _PENALTY)
     return weight_1D[0], float(bias_1 - logs_T.mean())

@@ -95,9 +95,9 @@ def sample_positions(tokens: int, rows: int, generator: torch.Generator) -> Tens
         generator: source of the draws, on the CPU.
     """
     if rows >= tokens:
-        return torch.arange(tokens)
-    edges = torch.arange(rows + 1) * tokens // rows
-    offset = torch.rand(rows, generator=generator, dtype=torch.float64)
+        return torch.arange(tokens, device=generator.device)
+    edges = torch.arange(rows + 1, device=generator.device) * tokens // rows
+    offset = torch.rand(rows, generator=generator, dtype=torch.float64, device=generator.device)
     return edges[:-1] + (offset * edges.diff()).long()
 
 
@@ -126,10 +126,10 @@ class Moments:
     the spread cancels nothing.
     """
 
-    def __init__(self, neurons: int) -> None:
+    def __init__(self, neurons: int, device: torch.device) -> None:
         self.count = 0.0
-        self.mean_F = torch.zeros(neurons, dtype=torch.float64)
-        self._square_F = torch.zeros(neurons, dtype=torch.float64)
+        self.mean_F = torch.zeros(neurons, dtype=torch.float64, device=device)
+        self._square_F = torch.zeros(neurons, dtype=torch.float64, device=device)
 
     def add(self, hidden_TF: Tensor, weights_T: Tensor | None = None) -> None:
         """Add the activations of some tokens, (T, F), and what each of them counts."""
@@ -144,8 +144,8 @@ class Moments:
             count = float(weights_T.sum())
             mean_F = weights_T @ hidden_TF / count
             spread_F = weights_T @ (hidden_TF - mean_F).square_()
-        apart_F = mean_F.double().cpu() - self.mean_F
-        self._square_F += spread_F.double().cpu()
+        apart_F = mean_F.double() - self.mean_F
+        self._square_F += spread_F.double()
         self._square_F += apart_F.square() * (seen * count / (seen + count))
         self.mean_F += apart_F * (count / (seen + count))
         self.count += count
@@ -183,18 +183,18 @@ class LayerStatistics:
         num_groups: int = 0,
         window: int | None = None,
     ) -> None:
-        neurons = weights.intermediate_size
+        neurons, device = weights.intermediate_size, weights.device
+        sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64, device=device)
         self._weights = weights
         self._marker_weights = normalised(weights)
         self._top_k = activation_top_k
-        self._positions_N = input_positions_N
-        self._gate_sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64)
-        self._gate_abs_sum_MF = torch.zeros(num_samples, neurons, dtype=torch.float64)
-        self._tokens_M = torch.zeros(num_samples, dtype=torch.int64)
-        self._moments = Moments(neurons)
-        self._groups_M = sample_groups_M
-        self._group_moments = [Moments(neurons) for _ in range(num_groups)]
-        self._group_tokens_G = torch.zeros(num_groups, dtype=torch.int64)
+        self._positions_N = input_positions_N.to(device)
+        self._gate_sum_MF, self._gate_abs_sum_MF = sum_MF, sum_MF.clone()
+        self._tokens_M = torch.zeros(num_samples, dtype=torch.int64, device=device)
+        self._moments = Moments(neurons, device)
+        self._groups_M = None if sample_groups_M is None else sample_groups_M.to(device)
+        self._group_moments = [Moments(neurons, device) for _ in range(num_groups)]
+        self._group_tokens_G = torch.zeros(num_groups, dtype=torch.int64, device=device)
         self._markers: list[Tensor] = []
         self._inputs: list[Tensor] = []
         self._input_weights: list[Tensor] = []
@@ -220,7 +220,7 @@ class LayerStatistics:
             self._add(x_TD[chunk], sample_ids_T[chunk])
 
     def _add(self, x_TD: Tensor, ids_T: Tensor) -> None:
-        self._markers.append(marker_neurons(x_TD, self._marker_weights, self._top_k).cpu())
+        self._markers.append(marker_neurons(x_TD, self._marker_weights, self._top_k))
         typed_TD = x_TD.to(self._weights.gate_FD.dtype)
         gate_TF = gate_activation(typed_TD, self._weights)
         self._add_gate(gate_TF, ids_T)
@@ -247,17 +247,17 @@ class LayerStatistics:
         positions_N = self._positions_N - self._tokens
         here_n = positions_N[(positions_N >= 0) & (positions_N < x_TD.shape[0])]
         # Copied, so that the batch itself can be freed.
-        self._inputs.append(x_TD[here_n].detach().cpu().clone())
+        self._inputs.append(x_TD[here_n].detach().clone())
         if weights_T is not None:
-            self._input_weights.append(weights_T[here_n].cpu())
+            self._input_weights.append(weights_T[here_n])
 
     def _add_gate(self, gate_TF: Tensor, ids_T: Tensor) -> None:
         samples_m, member_T = ids_T.unique(return_inverse=True)
         # Sums over a chunk fit into float32; those over all tokens are kept in float64.
-        one_hot_mT = functional.one_hot(member_T, samples_m.numel()).T.to(gate_TF.device).float()
+        one_hot_mT = functional.one_hot(member_T, samples_m.numel()).T.float()
         gate_TF = gate_TF.float()
-        self._gate_sum_MF[samples_m] += (one_hot_mT @ gate_TF).double().cpu()
-        self._gate_abs_sum_MF[samples_m] += (one_hot_mT @ gate_TF.abs()).double().cpu()
+        self._gate_sum_MF[samples_m] += (one_hot_mT @ gate_TF).double()
+        self._gate_abs_sum_MF[samples_m] += (one_hot_mT @ gate_TF.abs()).double()
         self._tokens_M += torch.bincount(ids_T, minlength=self._tokens_M.shape[0])
 
     def finish(self, sample_groups_M: Tensor) -> LayerProfile:
@@ -280,7 +280,7 @@ class LayerStatistics:
             sample_gate_mean_MF=(self._gate_sum_MF / tokens_M1).float(),
             sample_gate_abs_mean_MF=(self._gate_abs_sum_MF / tokens_M1).float(),
             sample_tokens_M=self._tokens_M.clone(),
-            sample_groups_M=sample_groups_M.long().cpu(),
+            sample_groups_M=sample_groups_M.long().to(self._tokens_M.device),
             hidden_mean_F=self._moments.mean_F.float(),
             hidden_variance_F=self._moments.variance_F.float(),
             marker_neurons_TA=torch.cat(self._markers),

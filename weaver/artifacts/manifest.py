@@ -107,6 +107,7 @@ class StageManifest(BaseModel):
         digest: digest over ``outputs``; what children record as their input.
         summary: the stage's own figures, for tables.
         dtype: dtype of the computation.
+        device: where the command that finished the stage computed; no part of the fingerprint.
         seconds: wall-clock time of the command that finished the stage.
         peak_memory_bytes: high-water mark of that process.
     """
@@ -119,6 +120,7 @@ class StageManifest(BaseModel):
     digest: str
     summary: dict[str, Any]
     dtype: str
+    device: str = "cpu"
     seconds: float
     peak_memory_bytes: int
     versions: dict[str, str]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,11 @@ class TensorRecord:
         return {
             name: value for name, value in values.items() if isinstance(value, (int, float, str))
         }
+
+    def to(self, device: torch.device) -> Self:
+        """The record with its tensors on a device."""
+        moved = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)  # type: ignore[type-var]
 
     @classmethod
     def build(cls, tensors: dict[str, Tensor], scalars: dict[str, int | float | str]) -> Self:

@@ -107,7 +107,9 @@ class LayerProfile(TensorRecord):
     def first_tokens_N(self) -> Tensor:
         """Whether each FFN input is one of its sequence's ``FIRST_TOKENS``, bool, (N,)."""
         if self.input_places_N is None:
-            return torch.zeros(self.ffn_inputs_ND.shape[0], dtype=torch.bool)
+            return torch.zeros(
+                self.ffn_inputs_ND.shape[0], dtype=torch.bool, device=self.ffn_inputs_ND.device
+            )
         return self.input_places_N < FIRST_TOKENS
 
     @property
@@ -127,7 +129,7 @@ class LayerProfile(TensorRecord):
     def _weights(self, power: float) -> Tensor:
         weights_N = self.input_weights_N
         if weights_N is None:
-            weights_N = torch.ones(self.ffn_inputs_ND.shape[0])
+            weights_N = torch.ones(self.ffn_inputs_ND.shape[0], device=self.ffn_inputs_ND.device)
         if self.input_sensitivities_N is not None:
             weights_N = weights_N * self.input_sensitivities_N.pow(power)
         if self.input_places_N is not None:

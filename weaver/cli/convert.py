@@ -13,6 +13,7 @@ from weaver.cli.options import (
     ConfigFile,
     Data,
     DataDir,
+    Device,
     Force,
     Overrides,
     Quiet,
@@ -40,6 +41,7 @@ def convert(
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
+    device: Device = None,
     force: Force = False,
     data_dir: DataDir = None,
     quiet: Quiet = False,
@@ -63,6 +65,7 @@ def convert(
         dry_run=False,
         data_dir=data_dir,
         trust_remote_code=settings.model.trust_remote_code,
+        device=device or settings.device,
     )
     run_pipeline(
         context,

@@ -37,6 +37,9 @@ def generate(
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the weights; auto as stored.")
     ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Number of torch threads.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
 ) -> None:
@@ -56,7 +59,9 @@ def generate(
         max_new_tokens, temperature, 1.0 if top_p is None else top_p, 0 if seed is None else seed
     )
     with pinned_threads(threads), _without_notices():
-        written = write(model, text, decoding, on_text=_print_text, dtype=dtype, chat=chat)
+        written = write(
+            model, text, decoding, on_text=_print_text, dtype=dtype, device=device, chat=chat
+        )
     print(flush=True)
     _report(written, greedy=decoding.is_greedy)
 

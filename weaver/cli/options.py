@@ -18,6 +18,13 @@ Overrides = Annotated[
     typer.Option("--set", "-s", help="section.key=value, over the file; may be repeated."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Root of all randomness.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="auto (a GPU if there is one), cpu, cuda or cuda:N. \\[default: auto]",
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Make the stage again, in place of what its folder holds.")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.options import AsJson, Calibration, DataDir, Force, Overrides, Quiet, RunDir
+from weaver.cli.options import AsJson, Calibration, DataDir, Device, Force, Overrides, Quiet, RunDir
 from weaver.cli.session import Output, console, make_context
 from weaver.cli.show import show_plan, show_results
 from weaver.config.loading import RunConfig, load_run_config
@@ -23,6 +23,7 @@ def run(
     run_dir: RunDir,
     calibration: Calibration = None,
     overrides: Overrides = None,
+    device: Device = None,
     force: Force = False,
     dry_run: Annotated[
         bool,
@@ -47,6 +48,7 @@ def run(
         dry_run=False,
         data_dir=data_dir,
         trust_remote_code=settings.model.trust_remote_code,
+        device=device or settings.device,
     )
     calls = stage_calls(settings, calibration)
     if dry_run:

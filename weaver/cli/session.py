@@ -81,9 +81,11 @@ def make_context(
     dry_run: bool = False,
     data_dir: Path | None = None,
     trust_remote_code: bool = False,
+    device: str = "cpu",
 ) -> StageContext:
     """The context of a command on this console, which prints everything unless told otherwise."""
     output = output or Output()
+    from weaver.models.device import resolve_device
     from weaver.report.progress import stage_progress
     from weaver.rundir.stage_run import StageContext, no_progress
 
@@ -95,6 +97,7 @@ def make_context(
         dry_run=dry_run,
         data_dir=data_dir,
         trust_remote_code=trust_remote_code,
+        device=resolve_device(device),
         progress=no_progress if output.quiet else stage_progress(),
         say=output.note,
     )

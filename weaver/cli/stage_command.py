@@ -14,7 +14,7 @@ import typer
 
 from weaver.cli import options
 from weaver.cli.session import Output, make_context, run_stage
-from weaver.config.loading import load_model_section, load_section, load_seed
+from weaver.config.loading import load_device, load_model_section, load_section, load_seed
 from weaver.config.sections import ModelConfig, Section
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "config": (options.ConfigFile, None),
     "overrides": (options.Overrides, None),
     "seed": (options.Seed, None),
+    "device": (options.Device, None),
     "force": (options.Force, False),
     "dry_run": (options.DryRun, False),
     "data_dir": (options.DataDir, None),
@@ -40,19 +41,23 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "as_json": (options.AsJson, False),
 }
 OF_STAGES = (
-    *("run_dir", "config", "overrides", "seed", "force", "dry_run", "trust_remote_code"),
-    *("quiet", "as_json"),
+    *("run_dir", "config", "overrides", "seed", "device", "force", "dry_run"),
+    *("trust_remote_code", "quiet", "as_json"),
 )
 
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """Values of the options in ``SHARED``; those that a command lacks keep their default."""
+    """Values of the options in ``SHARED``; those that a command lacks keep their default.
+
+    A command that lacks ``--device`` computes on the CPU.
+    """
 
     run_dir: Path = Path()
     config: Path | None = None
     overrides: tuple[str, ...] = ()
     seed: int | None = None
+    device: str | None = "cpu"
     force: bool = False
     dry_run: bool = False
     data_dir: Path | None = None
@@ -83,6 +88,7 @@ class SharedOptions:
             dry_run=self.dry_run,
             data_dir=self.data_dir,
             trust_remote_code=self.trust_remote_code,
+            device=load_device(self.config, self.overrides, self.device),
         )
 
 

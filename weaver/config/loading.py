@@ -33,6 +33,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     seed: int = 0
+    device: str = "auto"
     calibrate: CalibrateConfig = CalibrateConfig()
     partition: PartitionConfig = PartitionConfig()
     router: RouterConfig = RouterConfig()
@@ -146,6 +147,22 @@ def load_seed(path: Path | None, overrides: Sequence[str], flag: int | None) -> 
             fix="--seed 0",
         )
     return seed
+
+
+def load_device(path: Path | None, overrides: Sequence[str], flag: str | None) -> str:
+    """The name of the device: the flag, else an override's, else the file's, else ``auto``.
+
+    Raises:
+        WeaverError: it is not a text.
+    """
+    device = read_yaml(path, overrides).get("device", "auto") if flag is None else flag
+    if not isinstance(device, str):
+        raise WeaverError(
+            f"device {device!r} is not a text",
+            why="a device is auto, cpu, cuda or cuda:N",
+            fix="--device auto",
+        )
+    return device
 
 
 def read_yaml(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:

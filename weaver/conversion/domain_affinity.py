@@ -93,7 +93,9 @@ def mine_affinity(
                 losses = perplexity(model, windows_WT)
                 nll.append(sum(losses.nll) / len(losses.nll))
                 advance(f"{name} on {other}")
-            write_record(row_path, AffinityRow(torch.tensor(nll, dtype=torch.float64)))
+            write_record(
+                row_path, AffinityRow(torch.tensor(nll, dtype=torch.float64, device="cpu"))
+            )
     nll_GG = torch.stack(
         [read_record(_row_path(run.folder, g), AffinityRow).nll_G for g in range(len(names))]
     )
@@ -180,7 +182,7 @@ class _Pruner:
             problem = LayerProblem(layer, weights, own, splitter.uniform_neurons, 0, 0)
             layout = self._spec.partition(problem, self._options, splitter.generator(layer))
             dtype = splitter.calibration.dtype
-            ffn = MoEFeedForward.convert(weights.to(dtype), layout, None)
+            ffn = MoEFeedForward.convert(weights.to(dtype), layout, None).to(weights.device)
             decoder_layer = model.get_submodule(f"{checkpoint.family.layers}.{layer}")
             setattr(decoder_layer, checkpoint.family.ffn, ffn)
         return model
@@ -192,10 +194,11 @@ class _Pruner:
             self._model = load_model(
                 checkpoint.folder,
                 calibration.dtype,
+                device=checkpoint.device,
                 trust_remote_code=checkpoint.model.trust_remote_code,
             )
             for layer in range(checkpoint.num_layers):
                 whole = calibration.profile(layer)
-                nothing_n = torch.empty(0, dtype=torch.int64)
+                nothing_n = torch.empty(0, dtype=torch.int64, device="cpu")
                 self._profiles.append(whole.keeping(nothing_n))
         return self._model

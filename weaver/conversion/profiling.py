@@ -21,6 +21,7 @@ from weaver.conversion.sensitivities import with_sensitivities
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError
 from weaver.kernels.reference import Routing
+from weaver.models.device import CPU
 from weaver.models.sites import Site
 from weaver.models.stream import (
     SPILL_FILE,
@@ -53,7 +54,7 @@ class ResumableStream:
         self.stream = stream
         self.folder = folder
         self.ffn = ffn
-        self.hidden_WTD = torch.empty(0)
+        self.hidden_WTD = torch.empty(0, device=CPU)
         self.next_layer = -1
 
     def seek(self, layer: int) -> None:
@@ -120,7 +121,7 @@ def kept_positions(
         seed: of the calibration.
     """
     rows = input_rows(config.input_sample_mb, hidden_size, dtype)
-    return sample_positions(tokens, rows, torch.Generator().manual_seed(seed))
+    return sample_positions(tokens, rows, torch.Generator("cpu").manual_seed(seed))
 
 
 def group_arguments(
@@ -159,7 +160,7 @@ class ExpertInputs:
     def tokens(self, site: Site) -> Tensor:
         """The tokens that a site sees, ascending; all for a shared expert."""
         if site.expert is None:
-            return torch.arange(self._tokens)
+            return torch.arange(self._tokens, device=self._inputs[0].device)
         return torch.cat(
             [tokens_P[experts_P == site.expert] for tokens_P, experts_P in self._pairs]
         )
@@ -216,7 +217,7 @@ class Profiler:
         is empty.
         """
         tokens_n = inputs.tokens(site)
-        ids_n = self.packed.sample_ids_WT.reshape(-1)[tokens_n]
+        ids_n = self.packed.sample_ids_WT.reshape(-1).to(tokens_n.device)[tokens_n]
         samples_m, own_ids_n = ids_n.unique(return_inverse=True)
         if not tokens_n.numel():
             return self._empty(weights)
@@ -233,26 +234,28 @@ class Profiler:
             if x_ND.shape[0]:
                 statistics.update(x_ND, own_ids_n[seen : seen + x_ND.shape[0]])
                 seen += x_ND.shape[0]
-        return statistics.finish(self.packed.sample_groups_M[samples_m])
+        return statistics.finish(self.packed.sample_groups_M[samples_m.cpu()])
 
     def _empty(self, weights: GluWeights) -> LayerProfile:
         neurons = weights.intermediate_size
         return LayerProfile(
-            sample_gate_mean_MF=torch.zeros(0, neurons),
-            sample_gate_abs_mean_MF=torch.zeros(0, neurons),
-            sample_tokens_M=torch.zeros(0, dtype=torch.int64),
-            sample_groups_M=torch.zeros(0, dtype=torch.int64),
-            hidden_mean_F=torch.zeros(neurons),
-            hidden_variance_F=torch.zeros(neurons),
-            marker_neurons_TA=torch.zeros(0, self.config.activation_top_k, dtype=torch.int32),
-            ffn_inputs_ND=torch.zeros(0, weights.hidden_size, dtype=self.dtype),
+            sample_gate_mean_MF=torch.zeros(0, neurons, device=CPU),
+            sample_gate_abs_mean_MF=torch.zeros(0, neurons, device=CPU),
+            sample_tokens_M=torch.zeros(0, dtype=torch.int64, device=CPU),
+            sample_groups_M=torch.zeros(0, dtype=torch.int64, device=CPU),
+            hidden_mean_F=torch.zeros(neurons, device=CPU),
+            hidden_variance_F=torch.zeros(neurons, device=CPU),
+            marker_neurons_TA=torch.zeros(
+                0, self.config.activation_top_k, dtype=torch.int32, device=CPU
+            ),
+            ffn_inputs_ND=torch.zeros(0, weights.hidden_size, dtype=self.dtype, device=CPU),
             tokens=0,
         )
 
     def _profile(
         self, layer: int, weights: GluWeights, run: Callable[[FfnObserver], None]
     ) -> LayerProfile:
-        ids_T = self.packed.sample_ids_WT.reshape(-1)
+        ids_T = self.packed.sample_ids_WT.reshape(-1).to(weights.device)
         statistics = LayerStatistics(
             weights,
             self.packed.sample_groups_M.numel(),

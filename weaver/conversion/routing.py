@@ -97,6 +97,7 @@ def solve_layer(
     Raises:
         WeaverError: the router cannot select experts the way the layout wants.
     """
+    layout = layout.to(weights.device)
     router: Router | None = None
     if not config.constants:
         layout = replace(layout, expert_bias_ED=None)

@@ -20,7 +20,7 @@ from weaver.rundir.stage_run import StageContext
 def spread_windows(windows: int, tokens: int, length: int) -> Tensor:
     """Numbers of windows that hold about some tokens, spread over all of them, ascending, (n,)."""
     wanted = min(windows, max(1, tokens // length))
-    return torch.arange(wanted) * windows // wanted
+    return torch.arange(wanted, device="cpu") * windows // wanted
 
 
 def measure_sensitivities(
@@ -38,11 +38,12 @@ def measure_sensitivities(
     """
     checkpoint = stream.checkpoint
     windows, length = stream.input_ids_WT.shape
-    places_T = torch.arange(length).repeat(windows)
+    places_T = torch.arange(length, device=stream.device).repeat(windows)
     later_T = places_T >= FIRST_TOKENS
-    direction_LD = torch.zeros(checkpoint.num_layers, checkpoint.hidden_size)
-    offset_L = torch.zeros(checkpoint.num_layers)
-    generator = torch.Generator().manual_seed(context.seed)
+    shape = (checkpoint.num_layers, checkpoint.hidden_size)
+    direction_LD = torch.zeros(shape, device="cpu")
+    offset_L = torch.zeros(checkpoint.num_layers, device="cpu")
+    generator = torch.Generator(stream.device).manual_seed(context.seed)
     with context.progress(title, 2 * checkpoint.num_layers) as advance:
         for found in fisher_gradients(stream, folder, generator, lambda n: advance(f"layer {n}")):
             known_T = None
@@ -64,7 +65,8 @@ def with_sensitivities(
         sensitivities: of the model.
         layer: index of the layer.
     """
-    direction_D, offset = sensitivities.direction_LD[layer], float(sensitivities.offset_L[layer])
-    found_N = predicted_sensitivity(profile.ffn_inputs_ND, direction_D, offset)
+    x_ND = profile.ffn_inputs_ND
+    direction_D = sensitivities.direction_LD[layer].to(x_ND.device)
+    found_N = predicted_sensitivity(x_ND, direction_D, float(sensitivities.offset_L[layer]))
     found_N[profile.first_tokens_N] = 1.0
     return replace(profile, input_sensitivities_N=found_N)

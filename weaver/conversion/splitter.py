@@ -107,7 +107,8 @@ class LayerSplitter:
     ) -> MoEFeedForward:
         """The converted form of an FFN."""
         weights = self.checkpoint.ffn(site, dtype)
-        return MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
+        ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
+        return ffn.to(weights.device)
 
     def generator(self, site: int) -> torch.Generator:
         """Randomness of one FFN, the same whether or not those before it ran now."""
@@ -125,4 +126,4 @@ def _require_experts(num_experts: int, top_k: int) -> None:
 
 def layer_generator(seed: int, site: int) -> torch.Generator:
     """A generator that depends on the seed and the FFN only."""
-    return torch.Generator().manual_seed(seed * 100_003 + site)
+    return torch.Generator("cpu").manual_seed(seed * 100_003 + site)

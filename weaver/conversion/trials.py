@@ -141,8 +141,8 @@ class Trial:
                 fix="calibrate with a larger --set calibrate.input_sample_mb=512",
             )
         # Rows of the gradients are the tokens of the held-out windows, in order.
-        slot_W = torch.zeros(windows, dtype=torch.int64).scatter(
-            0, held_w, torch.arange(held_w.numel())
+        slot_W = torch.zeros(windows, dtype=torch.int64, device="cpu").scatter(
+            0, held_w, torch.arange(held_w.numel(), device="cpu")
         )
         kept_n = positions_N[held_out_n]
         rows_n = slot_W[kept_n // length] * length + kept_n % length
@@ -153,7 +153,7 @@ class Trial:
 def _gradients(context: StageContext, calibration: Calibration, ids_WT: Tensor) -> list[Tensor]:
     """Fisher gradients at the outputs of the dense FFNs, one (W * T, D) per layer."""
     stream = DecoderStream(calibration.checkpoint, calibration.dtype, ids_WT)
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = torch.Generator(stream.device).manual_seed(context.seed)
     folder = context.folder("partition")
     with context.progress("partition: sensitivities", 2 * stream.checkpoint.num_layers) as advance:
         backward = fisher_gradients(stream, folder, generator, lambda n: advance(f"layer {n}"))

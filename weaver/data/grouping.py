@@ -94,12 +94,16 @@ def pack_groups(
         rest = [token for sample in _take(queue, HELD_OUT_TOKENS) for token in sample.tokens]
         count = len(rest) // sequence_length
         held_out.append(
-            torch.tensor(rest[: count * sequence_length], dtype=torch.int64).view(count, -1)
+            torch.tensor(rest[: count * sequence_length], dtype=torch.int64, device="cpu").view(
+                count, -1
+            )
             if count
-            else torch.empty(0, sequence_length, dtype=torch.int64)
+            else torch.empty(0, sequence_length, dtype=torch.int64, device="cpu")
         )
-    counts = torch.tensor([len(windows) for windows in held_out])
-    apart = GroupWindows(torch.cat(held_out), torch.arange(len(names)).repeat_interleave(counts))
+    counts = torch.tensor([len(windows) for windows in held_out], device="cpu")
+    apart = GroupWindows(
+        torch.cat(held_out), torch.arange(len(names), device="cpu").repeat_interleave(counts)
+    )
     return _interleaved(names, fitted, each, sequence_length), apart
 
 
@@ -108,9 +112,13 @@ def _interleaved(
 ) -> PackedTokens:
     ids, owners, groups, first = [], [], [], 0
     for number, samples in enumerate(fitted):
-        lengths = torch.tensor([len(sample.tokens) for sample in samples])
-        owner_n = torch.arange(first, first + len(samples)).repeat_interleave(lengths)
-        ids.append(torch.tensor([t for sample in samples for t in sample.tokens]).view(each, -1))
+        lengths = torch.tensor([len(sample.tokens) for sample in samples], device="cpu")
+        owner_n = torch.arange(first, first + len(samples), device="cpu").repeat_interleave(lengths)
+        ids.append(
+            torch.tensor([t for sample in samples for t in sample.tokens], device="cpu").view(
+                each, -1
+            )
+        )
         owners.append(owner_n.view(each, -1))
         groups += [number] * len(samples)
         first += len(samples)
@@ -118,14 +126,14 @@ def _interleaved(
     shape = (each * len(names), sequence_length)
     owners_WT = torch.stack(owners, dim=1).view(shape)
     # Samples are numbered in the order of the stream.
-    order_M = torch.full((first,), owners_WT.numel()).scatter_reduce(
-        0, owners_WT.flatten(), torch.arange(owners_WT.numel()), "amin"
+    order_M = torch.full((first,), owners_WT.numel(), device="cpu").scatter_reduce(
+        0, owners_WT.flatten(), torch.arange(owners_WT.numel(), device="cpu"), "amin"
     )
     ranked_M = order_M.argsort()
     return PackedTokens(
         input_ids_WT=torch.stack(ids, dim=1).view(shape),
         sample_ids_WT=ranked_M.argsort()[owners_WT],
-        sample_groups_M=torch.tensor(groups)[ranked_M],
+        sample_groups_M=torch.tensor(groups, device="cpu")[ranked_M],
         groups_json=json.dumps(list(names), ensure_ascii=False),
     )
 

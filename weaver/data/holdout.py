@@ -32,12 +32,12 @@ def hold_out(
         WeaverError: there are fewer windows, or one length keeps none to train on.
     """
     windows, length = text_WT.shape
-    held_out = (2 * torch.arange(count) + 1) * windows // (2 * count)
+    held_out = (2 * torch.arange(count, device="cpu") + 1) * windows // (2 * count)
     starts = held_out * (length - prefix)
     rest: dict[int, Tensor] = {}
     for size, windows_WT in training.items():
         body = size - prefix
-        begins_W = torch.arange(windows_WT.shape[0])[:, None] * body
+        begins_W = torch.arange(windows_WT.shape[0], device="cpu")[:, None] * body
         overlaps_W = ((begins_W < starts + length - prefix) & (starts < begins_W + body)).any(1)
         rest[size] = windows_WT[~overlaps_W]
     empty = [size for size, windows_WT in rest.items() if len(windows_WT) == 0]

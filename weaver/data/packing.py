@@ -195,8 +195,10 @@ def windows(
             fix=f"--sequence-length {max(len(ids), 2)}, or more data",
         )
     count = count if limit is None else min(count, limit)
-    text_WB = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
-    return torch.cat([torch.tensor([prefix] * count).long().view(count, -1), text_WB], dim=1)
+    text_WB = torch.tensor(ids[: count * body], dtype=torch.int64, device="cpu").view(count, body)
+    return torch.cat(
+        [torch.tensor([prefix] * count, device="cpu").long().view(count, -1), text_WB], dim=1
+    )
 
 
 def _shares(specs: Sequence[DataSpec], total: int) -> list[int]:
@@ -337,17 +339,17 @@ def _require_share(
 def _to_windows(samples: Sequence[Sample], sequence_length: int) -> PackedTokens:
     names = dict.fromkeys(sample.group for sample in samples)
     index = {name: number for number, name in enumerate(names)}
-    lengths = torch.tensor([len(sample.tokens) for sample in samples])
-    flat = torch.tensor([token for sample in samples for token in sample.tokens])
-    sample_ids = torch.arange(len(samples)).repeat_interleave(lengths)
+    lengths = torch.tensor([len(sample.tokens) for sample in samples], device="cpu")
+    flat = torch.tensor([token for sample in samples for token in sample.tokens], device="cpu")
+    sample_ids = torch.arange(len(samples), device="cpu").repeat_interleave(lengths)
     return PackedTokens(
         input_ids_WT=flat.view(-1, sequence_length),
         sample_ids_WT=sample_ids.view(-1, sequence_length),
-        sample_groups_M=torch.tensor([index[sample.group] for sample in samples]),
+        sample_groups_M=torch.tensor([index[sample.group] for sample in samples], device="cpu"),
         groups_json=json.dumps(list(names), ensure_ascii=False),
     )
 
 
 def _require_contiguous(what: str, indexes: Tensor, count: int) -> None:
-    if not torch.equal(indexes.unique(), torch.arange(count)):
+    if not torch.equal(indexes.unique(), torch.arange(count, device="cpu")):
         raise ValueError(f"{what} are not exactly 0..{count - 1}")

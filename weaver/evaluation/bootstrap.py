@@ -26,17 +26,17 @@ def bootstrap_interval(
     """
     if not values or samples < 1:
         raise ValueError(f"{len(values)} values and {samples} samples: need at least one of each")
-    values_N = torch.tensor(values, dtype=torch.float64)
+    values_N = torch.tensor(values, dtype=torch.float64, device="cpu")
     count = len(values)
     # One resample at a time: a (samples, count) index matrix of 10,000 items would take 80 MB.
     means = torch.stack(
         [
-            values_N[torch.randint(count, (count,), generator=generator)].mean()
+            values_N[torch.randint(count, (count,), generator=generator, device="cpu")].mean()
             for _ in range(samples)
         ]
     )
     tail = (1.0 - CONFIDENCE) / 2
-    low, high = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+    low, high = means.quantile(values_N.new_tensor([tail, 1.0 - tail])).tolist()
     return values_N.mean().item(), low, high
 
 

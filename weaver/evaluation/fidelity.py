@@ -119,7 +119,7 @@ def module_fidelity(x_TD: Tensor, ffn: MoEFeedForward, dense: GluWeights) -> Rou
     return router_fidelity(
         x_TD.float(),
         ffn.weights().to(torch.float32),
-        _stored_layout(ffn),
+        _stored_layout(ffn).to(x_TD.device),
         ffn.router.record(),
         None if bias_ED is None else bias_ED.float(),
         glu_forward(x_TD.float(), dense) if ffn.shape.averages_experts else None,
@@ -129,7 +129,7 @@ def module_fidelity(x_TD: Tensor, ffn: MoEFeedForward, dense: GluWeights) -> Rou
 def _stored_layout(ffn: MoEFeedForward) -> ExpertLayout:
     """The layout in terms of the module's own rows: shared neurons first, then expert by expert."""
     shape = ffn.shape
-    rows = torch.arange(shape.total_neurons)
+    rows = torch.arange(shape.total_neurons, device="cpu")
     return ExpertLayout(
         intermediate_size=shape.total_neurons,
         top_k=ffn.top_k,

@@ -63,8 +63,8 @@ class ListedTotals:
 
 
 def _merged_kl(log_p_V: Tensor, found: Mapping[int, float]) -> float:
-    log_q_N = torch.tensor(list(found.values()), dtype=torch.float64)
-    log_p_N = log_p_V[torch.tensor(list(found))]
+    log_q_N = torch.tensor(list(found.values()), dtype=torch.float64, device="cpu")
+    log_p_N = log_p_V[torch.tensor(list(found), device="cpu")]
     tiny = torch.finfo(torch.float64).eps
     rest_p, rest_q = (1 - x_N.exp().sum().clamp_max(1 - tiny) for x_N in (log_p_N, log_q_N))
     listed = (log_p_N.exp() * (log_p_N - log_q_N)).sum()

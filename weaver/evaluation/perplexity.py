@@ -137,14 +137,14 @@ def compare(
     rows: list[tuple[float, float, float]] = []
     kl_rows: list[Tensor] = []
     for window, ids_T in enumerate(windows_WT):
-        sums, kl = torch.zeros(3, dtype=torch.float64), []
+        sums, kl = torch.zeros(3, dtype=torch.float64, device="cpu"), []
         for (dense_NV, targets_N), (moe_NV, _) in zip(
             _log_probabilities(dense, ids_T, chunk),
             _log_probabilities(converted, ids_T, chunk),
             strict=True,
         ):
             *found, kl_N = chunk_losses(dense_NV, moe_NV, targets_N)
-            sums += torch.tensor(found, dtype=torch.float64)
+            sums += torch.tensor(found, dtype=torch.float64, device="cpu")
             kl.append(kl_N.cpu())
         dense_nll, moe_nll, top1 = (sums / (ids_T.numel() - 1)).tolist()
         require_usable(dense, dense_nll, f"window {window}")

@@ -197,8 +197,14 @@ def pack_questions(questions: Sequence[Sequence[Request]]) -> Pack:
         for branch, request in enumerate(candidates):
             own = append(question, branch, request.inputs[shared:], shared)
             rows.append(tuple((trunk + own)[-request.scored :]))
-    question_P, branch_P = torch.tensor(owners).T
-    return Pack(torch.tensor(ids), torch.tensor(positions), question_P, branch_P, tuple(rows))
+    question_P, branch_P = torch.tensor(owners, device="cpu").T
+    return Pack(
+        torch.tensor(ids, device="cpu"),
+        torch.tensor(positions, device="cpu"),
+        question_P,
+        branch_P,
+        tuple(rows),
+    )
 
 
 def visible(pack: Pack) -> Tensor:
@@ -206,7 +212,7 @@ def visible(pack: Pack) -> Tensor:
 
     ``visible[i, j] = j <= i and question_i == question_j and branch_j in {TRUNK, branch_i}``
     """
-    index_P = torch.arange(pack.input_ids_P.numel())
+    index_P = torch.arange(pack.input_ids_P.numel(), device="cpu")
     same_question = pack.question_P[:, None] == pack.question_P[None, :]
     on_path = (pack.branch_P[None, :] == TRUNK) | (pack.branch_P[:, None] == pack.branch_P[None, :])
     return same_question & on_path & (index_P[None, :] <= index_P[:, None])
@@ -216,7 +222,7 @@ def _packed_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     """Hidden states of a pack, (P, D)."""
     # Additive, not boolean: eager attention adds the mask, sdpa takes either.
     visible_PP = visible(pack)
-    mask_PP = torch.zeros(visible_PP.shape, dtype=model.dtype)
+    mask_PP = torch.zeros(visible_PP.shape, dtype=model.dtype, device="cpu")
     mask_PP.masked_fill_(~visible_PP, torch.finfo(model.dtype).min)
     return final_hidden(
         model,
@@ -234,11 +240,11 @@ def _padded_hidden(
     Padding stands on the right, where causal attention keeps it out of sight without a mask.
     """
     width = max(len(request.inputs) for request in candidates)
-    ids_BT = torch.zeros(len(candidates), width, dtype=torch.int64)
+    ids_BT = torch.zeros(len(candidates), width, dtype=torch.int64, device="cpu")
     rows = []
     for row, request in enumerate(candidates):
         length = len(request.inputs)
-        ids_BT[row, :length] = torch.tensor(request.inputs)
+        ids_BT[row, :length] = torch.tensor(request.inputs, device="cpu")
         rows.append(range(row * width + length - request.scored, row * width + length))
     return final_hidden(model, ids_BT).flatten(0, 1), rows
 
@@ -250,9 +256,9 @@ def _scores(
     candidates: Sequence[Request],
 ) -> list[Score]:
     """Scores from the hidden states that predict each continuation."""
-    index_N = torch.tensor([index for indices in rows for index in indices])
+    index_N = torch.tensor([index for indices in rows for index in indices], device="cpu")
     target_N = torch.tensor(
-        [t for request in candidates for t in request.tokens[-request.scored :]]
+        [t for request in candidates for t in request.tokens[-request.scored :]], device="cpu"
     )
     log_p, greedy = [], []
     device = hidden_PD.device

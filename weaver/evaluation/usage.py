@@ -54,7 +54,9 @@ class UsageCounts:
 
     def watch(self, name: str, module: nn.Module, layer: RoutedLayer) -> RemovableHandle:
         """Count what ``module``, seen as ``layer``, routes until the handle is removed."""
-        counter = _Counter(name, torch.zeros(layer.num_routed_experts, dtype=torch.int64))
+        counter = _Counter(
+            name, torch.zeros(layer.num_routed_experts, dtype=torch.int64, device="cpu")
+        )
         self._counters.append(counter)
 
         @torch.no_grad()

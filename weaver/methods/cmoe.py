@@ -72,8 +72,8 @@ def _cluster_markers(
     binary_nT = marker_columns(
         problem.profile.marker_neurons_TA, routed_n, problem.weights.intermediate_size
     )
-    centroids_ET = binary_nT[seeds_e.numpy()].toarray()
-    owner_n = torch.empty(0, dtype=torch.int64)
+    centroids_ET = binary_nT[seeds_e.cpu().numpy()].toarray()
+    owner_n = torch.empty(0, dtype=torch.int64, device="cpu")
     for iteration in range(iterations):
         if iteration > 0:
             centroids_ET = mean_columns(binary_nT, owner_n, seeds_e.numel())

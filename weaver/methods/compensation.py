@@ -87,7 +87,7 @@ def _accumulate(
     """Starting coefficients, rows [neurons, experts, one], and the sums of the regression."""
     neurons, experts = layout.permutation.numel(), layout.num_routed_experts
     columns = neurons + (experts + 1 if plan.constants else 0)
-    regression = ShrunkRegression(columns, weights.hidden_size, neurons)
+    regression = ShrunkRegression(columns, weights.hidden_size, neurons, weights.device)
     down_FD = weights.down_FD.float()
     sums = _SkipSums(layout)
     # In the dtype of the inputs, as ``sampled_hidden``; sums are float32 or more.
@@ -120,7 +120,7 @@ def _chosen(
     x_TD: Tensor, weights: GluWeights, layout: ExpertLayout, router: Router | None
 ) -> Tensor:
     if router is None:
-        return torch.zeros(x_TD.shape[0], 0)
+        return torch.zeros(x_TD.shape[0], 0, device=x_TD.device)
     routing = route(x_TD, router, weights.activation, ExpertChoice(layout.top_k, layout.selection))
     return routing.selected_TE().float()
 
@@ -142,10 +142,11 @@ class _SkipSums:
     """Sums over tokens from which the conditional means of skipped experts follow."""
 
     def __init__(self, layout: ExpertLayout) -> None:
-        experts = layout.num_routed_experts
-        self._hidden_F = torch.zeros(layout.intermediate_size, dtype=torch.float64)
-        self._skipped_EF = torch.zeros(experts, layout.intermediate_size, dtype=torch.float64)
-        self._skips_E = torch.zeros(experts, dtype=torch.float64)
+        experts, neurons = layout.num_routed_experts, layout.intermediate_size
+        device = layout.shared_S.device
+        self._hidden_F = torch.zeros(neurons, dtype=torch.float64, device=device)
+        self._skipped_EF = self._hidden_F.new_zeros(experts, neurons)
+        self._skips_E = self._hidden_F.new_zeros(experts)
         self._tokens = 0.0
 
     def add(self, hidden_TF: Tensor, chosen_TE: Tensor, weight_T: Tensor) -> None:
@@ -158,10 +159,10 @@ class _SkipSums:
     def constants(self, down_FD: Tensor, layout: ExpertLayout) -> Tensor:
         """Rows ``b_e`` of the experts and ``b``, (E + 1, D)."""
         mean_EF = (self._skipped_EF / self._skips_E.clamp_min(_LEAST_WEIGHT)[:, None]).float()
-        skipped_ED = torch.zeros(layout.num_routed_experts, down_FD.shape[1])
+        skipped_ED = down_FD.new_zeros(layout.num_routed_experts, down_FD.shape[1])
         for expert, neurons_N in enumerate(layout.experts_EN):
             skipped_ED[expert] = mean_EF[expert, neurons_N] @ down_FD[neurons_N]
-        dropped_F = torch.ones(layout.intermediate_size, dtype=torch.bool)
+        dropped_F = torch.ones_like(self._hidden_F, dtype=torch.bool)
         dropped_F[layout.permutation] = False
         mean_F = (self._hidden_F / max(_LEAST_WEIGHT, self._tokens)).float()
         bias_D = mean_F[dropped_F] @ down_FD[dropped_F] + skipped_ED.sum(0)

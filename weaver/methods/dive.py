@@ -59,7 +59,7 @@ def partition(
     return ExpertLayout(
         intermediate_size=problem.weights.intermediate_size,
         top_k=options.top_k,
-        shared_S=torch.empty(0, dtype=torch.int64),
+        shared_S=torch.empty(0, dtype=torch.int64, device=problem.weights.device),
         experts_EN=torch.stack(kept),
         weighting="softmax",
         overlap=True,

@@ -120,6 +120,6 @@ def coefficient_of_variation(profile: LayerProfile, eps: float) -> Tensor:
 def _group_means(profile: LayerProfile) -> Tensor:
     """Mean sample profile of every group, (G, F)."""
     groups, index_M = profile.sample_groups_M.unique(return_inverse=True)
-    member_GM = (index_M == torch.arange(groups.numel())[:, None]).float()
+    member_GM = (index_M == torch.arange(groups.numel(), device=groups.device)[:, None]).float()
     weight_GM: Tensor = member_GM / member_GM.sum(1, keepdim=True)
     return torch.mm(weight_GM, profile.sample_gate_mean_MF.float())

@@ -64,6 +64,7 @@ def expert_layout(
         owner_n: cluster of each of ``routed_n``, in 0..E-1, (E * N,).
         top_k: K.
     """
+    owner_n = owner_n.to(routed_n.device)
     clusters = [routed_n[owner_n == e].sort().values for e in range(int(owner_n.max()) + 1)]
     clusters.sort(key=lambda ids: int(ids[0]))
     return ExpertLayout(
@@ -83,16 +84,17 @@ def static_layout(
         intermediate_size=problem.weights.intermediate_size,
         top_k=0,
         shared_S=kept_S,
-        experts_EN=torch.empty(0, 0, dtype=torch.int64),
+        experts_EN=kept_S.new_empty(0, 0),
         output_bias_D=output_bias_D,
     )
 
 
 def dense_layout(neurons: int) -> ExpertLayout:
     """The layout of a layer that keeps all of its neurons for every token."""
+    every_F = torch.arange(neurons, device="cpu")
     return ExpertLayout(
         intermediate_size=neurons,
         top_k=0,
-        shared_S=torch.arange(neurons),
-        experts_EN=torch.empty(0, 0, dtype=torch.int64),
+        shared_S=every_F,
+        experts_EN=every_F.new_empty(0, 0),
     )

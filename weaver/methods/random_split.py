@@ -35,8 +35,10 @@ def partition(
     """
     top_k = routed_top_k(problem, options.shared_experts)
     width = problem.expert_width
-    order_F = torch.randperm(problem.weights.intermediate_size, generator=generator)
+    order_F = torch.randperm(
+        problem.weights.intermediate_size, generator=generator, device=generator.device
+    )
     shared = problem.leftover_neurons + options.shared_experts * width
     routed_n = order_F[shared:]
-    owner_n = torch.arange(routed_n.numel()) // width
+    owner_n = torch.arange(routed_n.numel(), device=routed_n.device) // width
     return expert_layout(problem, order_F[:shared], routed_n, owner_n, top_k)

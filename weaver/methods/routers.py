@@ -119,8 +119,10 @@ def random_router(
     del profile
     _require_experts(layout)
     shape = (layout.num_routed_experts, weights.hidden_size)
-    weight_ED = torch.randn(shape, generator=generator) * weights.hidden_size**-0.5
-    return _untrained(layout, "linear", weight_ED)
+    weight_ED = (
+        torch.randn(shape, generator=generator, device=generator.device) * weights.hidden_size**-0.5
+    )
+    return _untrained(layout, "linear", weight_ED.to(weights.device))
 
 
 def ridge_router(
@@ -230,7 +232,7 @@ def _untrained(
     bias_E: Tensor | None = None,
 ) -> Router:
     """A router of the layout's weighting, with output scale and balance bias zero."""
-    zeros_E = torch.zeros(weight_ED.shape[0])
+    zeros_E = torch.zeros(weight_ED.shape[0], device=weight_ED.device)
     return Router(
         kind=kind,
         weight_ED=weight_ED.contiguous(),

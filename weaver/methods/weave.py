@@ -112,7 +112,11 @@ def _thinned(profile: LayerProfile) -> LayerProfile:
     """As many FFN inputs as the clusters need, evenly spread."""
     rows, hidden_size = profile.ffn_inputs_ND.shape
     stride = max(1, rows // max(_CLUSTER_INPUTS, _INPUTS_PER_DIMENSION * hidden_size))
-    return profile if stride == 1 else profile.keeping(torch.arange(0, rows, stride))
+    return (
+        profile
+        if stride == 1
+        else profile.keeping(torch.arange(0, rows, stride, device=profile.ffn_inputs_ND.device))
+    )
 
 
 def _coactivation_clusters(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from weaver.models.device import CPU
 from weaver.models.output_head import chunk_tokens, project
 from weaver.models.stream import DecoderStream, DenseFfn
 
@@ -47,7 +48,7 @@ def fisher_gradients(
     Args:
         stream: the dense model and its windows.
         folder: for hidden states that outgrow main memory.
-        generator: draws the sampled tokens.
+        generator: draws the sampled tokens, on the stream's device.
         on_layer: called with a layer's index after either pass over it.
     """
     checkpoint, dtype = stream.checkpoint, stream.dtype
@@ -71,7 +72,7 @@ def _loss_gradients(
     gradient_WTD = torch.empty_like(hidden_WTD)
     for window, last_TD in enumerate(hidden_WTD):
         with torch.enable_grad():
-            last_BTD = last_TD[None].detach().requires_grad_()
+            last_BTD = last_TD[None].to(stream.device).detach().requires_grad_()
             normed_BTD = stream.normalise(last_BTD)
         rows = []
         for part_ND in normed_BTD[0].detach().split(chunk_tokens(model)):
@@ -97,10 +98,12 @@ def _through(
         stream.batches(inputs_WTD), stream.batches(gradient_WTD), strict=True
     ):
         with torch.enable_grad():
-            x_BTD = shown_BTD.detach().requires_grad_()
+            x_BTD = shown_BTD.to(stream.device).detach().requires_grad_()
             output_BTD = stream.apply(module, layer, x_BTD)
         wanted = (x_BTD, ffn.output)
-        at_input_BTD, at_ffn_BTD = torch.autograd.grad(output_BTD, wanted, back_BTD)
+        at_input_BTD, at_ffn_BTD = torch.autograd.grad(
+            output_BTD, wanted, back_BTD.to(stream.device)
+        )
         inputs.append(ffn.input.detach().flatten(0, -2))
         outputs.append(ffn.output.detach().flatten(0, -2))
         # A copy: where the output is a sum, its gradient is that of the layer's output itself.
@@ -115,7 +118,7 @@ class _Kept(nn.Module):
     def __init__(self, ffn: nn.Module) -> None:
         super().__init__()
         self.ffn = ffn
-        self.input = self.output = torch.empty(0)
+        self.input = self.output = torch.empty(0, device=CPU)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         self.input = hidden_states

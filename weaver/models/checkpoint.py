@@ -24,6 +24,7 @@ from weaver.artifacts.store import (
 from weaver.config.sections import DtypeName, ModelConfig
 from weaver.errors import WeaverError
 from weaver.models.accounting import DenseFfnSize, LayerShape
+from weaver.models.device import CPU
 from weaver.models.families import (
     CONVERTED_PREFIX,
     Family,
@@ -62,8 +63,9 @@ class Checkpoint(TensorFiles):
             experts are split already.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, device: torch.device = CPU) -> None:
         self.model = model
+        self.device = device
         self.folder = locate(model)
         self.config: PreTrainedConfig = self._load_config()
         self.family: Family = find_family(self.config.model_type, model=model.path)
@@ -163,17 +165,17 @@ class Checkpoint(TensorFiles):
         return self.tensor(name).to(stored_dtype(name, dtype))
 
     def layer_state(self, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """State dict of one decoder layer without its FFNs."""
+        """State dict of one decoder layer without its FFNs, on the device."""
         prefix = self.layer_prefix(layer)
         return {
-            name.removeprefix(prefix): self.cast(name, dtype)
+            name.removeprefix(prefix): self.cast(name, dtype).to(self.device)
             for name in self.layer_names(layer)
             if not self.is_ffn(name)
         }
 
     def ffn(self, site: int, dtype: torch.dtype) -> GluWeights:
-        """One FFN, by its number, neuron j in row j of every matrix."""
-        weights = self.ffns.weights(self.sites[site]).to(dtype)
+        """One FFN, by its number, neuron j in row j of every matrix, on the device."""
+        weights = self.ffns.weights(self.sites[site]).to(dtype, self.device)
         return replace(weights, normed_output=self.family.normed_output)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -189,7 +191,7 @@ class Checkpoint(TensorFiles):
         names = [name for name in self.names() if not name.endswith(_BUFFERS)]
         if getattr(self.config, "tie_word_embeddings", False):
             names = [name for name in names if name != "lm_head.weight"]
-        return sum(int(torch.tensor(self.shape(name)).prod()) for name in names)
+        return sum(math.prod(self.shape(name)) for name in names)
 
     def identity(self, known: ModelIdentity | None = None) -> ModelIdentity:
         """Digests of the weights and the tokenizer.

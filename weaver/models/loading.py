@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from weaver.artifacts.store import check_tensors_file
 from weaver.errors import WeaverError
+from weaver.models.device import CPU
 from weaver.models.hf import register
 from weaver.models.intake import library_errors, read_config
 from weaver.models.locate import weight_files
@@ -30,6 +31,7 @@ def load_model(
     folder: Path,
     dtype: torch.dtype | Literal["auto"],
     *,
+    device: torch.device = CPU,
     trust_remote_code: bool = False,
     fix: str = _RERUN,
 ) -> CausalLM:
@@ -38,6 +40,7 @@ def load_model(
     Args:
         folder: a Hugging Face model folder.
         dtype: of the weights; ``auto`` as they are stored.
+        device: where the weights go.
         trust_remote_code: whether code in the folder may run.
         fix: advice if the folder is damaged; by default that of a folder that weaver wrote.
 
@@ -52,7 +55,7 @@ def load_model(
         config = read_config(folder, trust_remote_code=trust_remote_code)
     except WeaverError as error:
         raise WeaverError(what, why=f"{error.what}: {error.why}", fix=fix) from error
-    with library_errors(what, fix):
+    with library_errors(what, fix), device:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

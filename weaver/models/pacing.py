@@ -348,4 +348,6 @@ def _at_start(positions_BT: Tensor | None) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return bool((positions_BT == torch.arange(positions_BT.shape[1]).to(positions_BT)).all())
+    return bool(
+        (positions_BT == torch.arange(positions_BT.shape[1], device=positions_BT.device)).all()
+    )

@@ -19,6 +19,7 @@ from weaver.artifacts.finite import overflow_advice, require_finite
 from weaver.artifacts.store import disk_errors
 from weaver.artifacts.types import FIRST_TOKENS
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.device import CPU, has_room
 from weaver.models.hf import model_class
 from weaver.models.moe import MoEFeedForward
 from weaver.models.pacing import Pacer
@@ -159,9 +160,11 @@ class DecoderStream:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, input_ids_WT: Tensor) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.input_ids_WT = input_ids_WT
+        self.device = checkpoint.device
+        self.input_ids_WT = input_ids_WT.to(self.device)
         causal_lm = model_class(checkpoint.config, checkpoint.family)
-        with init_empty_weights(include_buffers=False):
+        # The buffers, which no checkpoint holds, are computed on the device.
+        with self.device, init_empty_weights(include_buffers=False):
             self._skeleton: PreTrainedModel = causal_lm(checkpoint.config).eval()
         path, _, name = checkpoint.family.layers.rpartition(".")
         self._prefix = f"{path}."
@@ -207,9 +210,10 @@ class DecoderStream:
         windows = Pacer((), FIRST_TOKENS)
         if isinstance(ffn, MoEFeedForward) and ffn.paced is not None:
             ffn.pace = (windows, 0)
+        places_T = torch.arange(hidden_WTD.shape[1], device=self.device)
         for batch in self.batches(hidden_WTD):
-            windows.free(torch.arange(batch.shape[1]).expand(batch.shape[:2]))
-            output = self.apply(module, layer, batch)
+            windows.free(places_T.expand(batch.shape[:2]))
+            output = self.apply(module, layer, batch.to(self.device, non_blocking=True))
             if write:
                 why, fix = overflow_advice(self.dtype)
                 require_finite({"its output": output}, f"layer {layer}", why=why, fix=fix)
@@ -244,7 +248,7 @@ class DecoderStream:
         """The model around its layers: embeddings, final norm and output head have weights."""
         self._load_outer()
         names = [name for name in self.checkpoint.outer_names() if not self._in_backbone(name)]
-        state = {name: self.checkpoint.tensor(name).to(self.dtype) for name in names}
+        state = {name: self.checkpoint.tensor(name).to(self.device, self.dtype) for name in names}
         self._skeleton.load_state_dict(state, assign=True, strict=False)
         if not names:
             self._skeleton.get_output_embeddings().weight = (
@@ -276,7 +280,9 @@ class DecoderStream:
     def _load_outer(self) -> None:
         names = [name for name in self.checkpoint.outer_names() if self._in_backbone(name)]
         state = {
-            name.removeprefix(self._prefix): self.checkpoint.tensor(name).to(self.dtype)
+            name.removeprefix(self._prefix): self.checkpoint.tensor(name).to(
+                self.device, self.dtype
+            )
             for name in names
         }
         self._backbone.load_state_dict(state, assign=True, strict=False)
@@ -290,19 +296,27 @@ class DecoderStream:
         return name.startswith(self._prefix)
 
     def allocate(self, folder: Path) -> Tensor:
-        """Uninitialised hidden states, (W, T, D); above ``SPILL_BYTES`` in a file below ``folder``.
+        """Uninitialised hidden states, (W, T, D).
+
+        They lie on a GPU that has room for them, else in main memory, from where a GPU reads pinned
+        pages; above ``SPILL_BYTES`` in a file below ``folder``.
 
         Raises:
             WeaverError: the disk has no room for the file.
         """
         shape = (*self.input_ids_WT.shape, self.checkpoint.hidden_size)
         count = math.prod(shape)
-        if count * self.dtype.itemsize <= SPILL_BYTES:
-            return torch.empty(shape, dtype=self.dtype)
+        size = count * self.dtype.itemsize
+        if has_room(self.device, size):
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        if size <= SPILL_BYTES:
+            pinned = self.device.type == "cuda"
+            return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
         path = folder / SPILL_FILE
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             # Reserved now: a write into a mapped hole of a full disk would kill the process.
             with path.open("wb") as handle:
-                os.posix_fallocate(handle.fileno(), 0, count * self.dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=count, dtype=self.dtype).view(shape)
+                os.posix_fallocate(handle.fileno(), 0, size)
+        mapped = torch.from_file(str(path), shared=True, size=count, dtype=self.dtype, device=CPU)
+        return mapped.view(shape)

@@ -13,6 +13,7 @@ from weaver.artifacts.manifest import MANIFEST, InputRef, StageManifest
 from weaver.config.sections import DtypeName
 from weaver.models.accounting import LayerShape, ModelAccount
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.device import CPU
 from weaver.models.hf import register
 from weaver.models.intake import read_config
 from weaver.models.loading import load_model
@@ -32,6 +33,7 @@ class ConvertedModel:
         manifest: of that stage.
         ref: reference to that stage.
         dense: the dense model.
+        device: where models are loaded.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class ConvertedModel:
     manifest: StageManifest
     ref: InputRef
     dense: Checkpoint
+    device: torch.device = CPU
 
     def shapes(self) -> list[LayerShape]:
         """Shape of every converted FFN, from ``config.json``."""
@@ -58,13 +61,14 @@ class ConvertedModel:
 
     def load(self, dtype: DtypeName) -> PreTrainedModel:
         """The converted model."""
-        return load_model(self.folder, self.dtype(dtype))
+        return load_model(self.folder, self.dtype(dtype), device=self.device)
 
     def load_dense(self, dtype: DtypeName) -> PreTrainedModel:
         """The dense model, in the same dtype."""
         return load_model(
             self.dense.folder,
             self.dtype(dtype),
+            device=self.device,
             trust_remote_code=self.dense.model.trust_remote_code,
         )
 
@@ -81,7 +85,7 @@ def open_converted(context: StageContext, *, finetuned: bool = True) -> Converte
     """
     stage, folder, manifest, ref = _newest(context, finetuned=finetuned)
     dense = open_model(manifest.model, trust_remote_code=context.trust_remote_code)
-    return ConvertedModel(folder, stage, manifest, ref, dense)
+    return ConvertedModel(folder, stage, manifest, ref, dense, context.device)
 
 
 def converted_folder(run_dir: Path) -> Path:

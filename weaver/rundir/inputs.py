@@ -20,6 +20,7 @@ from weaver.data.grouping import GroupWindows
 from weaver.data.packing import PackedTokens
 from weaver.errors import WeaverError, shell
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.device import CPU
 from weaver.rundir.stage_folders import finished_stage, layer_path
 
 # Files of a calibration: its text, and what errors cost at its tokens.
@@ -62,8 +63,8 @@ class Calibration:
         return self.manifest.model
 
     def profile(self, layer: int) -> LayerProfile:
-        """Profile of one layer on the dense model's hidden states."""
-        return read_record(layer_path(self.folder, layer), LayerProfile)
+        """Profile of one layer on the dense model's hidden states, on the device."""
+        return read_record(layer_path(self.folder, layer), LayerProfile).to(self.checkpoint.device)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Partition:
         """The profile that the layout was made from."""
         if not self.sequential:
             return self.calibration.profile(layer)
-        return read_record(layer_path(self.folder / PROFILE_FOLDER, layer), LayerProfile)
+        profile = read_record(layer_path(self.folder / PROFILE_FOLDER, layer), LayerProfile)
+        return profile.to(self.calibration.checkpoint.device)
 
 
 def affinity_path(folder: Path) -> Path:
@@ -116,19 +118,21 @@ def affinity_path(folder: Path) -> Path:
     return folder / AFFINITY_FOLDER / "affinity.safetensors"
 
 
-def open_calibration(folder: Path, *, trust_remote_code: bool = False) -> Calibration:
+def open_calibration(
+    folder: Path, *, trust_remote_code: bool = False, device: torch.device = CPU
+) -> Calibration:
     """Open a finished calibrate stage.
 
     Args:
         folder: of the stage.
-        trust_remote_code: see ``open_model``.
+        trust_remote_code, device: see ``open_model``.
 
     Raises:
         WeaverError: it has not finished, or its model or tokenizer has changed since.
     """
     manifest, ref = finished_stage(folder, "calibrate")
     known = manifest.model
-    checkpoint = open_model(known, trust_remote_code=trust_remote_code)
+    checkpoint = open_model(known, trust_remote_code=trust_remote_code, device=device)
     found = checkpoint.identity(known)
     for what, before, now in (
         ("model", known.digest, found.digest),
@@ -161,13 +165,16 @@ def read_sensitivities(folder: Path) -> Sensitivities | None:
     return read_record(path, Sensitivities) if path.exists() else None
 
 
-def open_model(identity: ModelIdentity, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_model(
+    identity: ModelIdentity, *, trust_remote_code: bool = False, device: torch.device = CPU
+) -> Checkpoint:
     """The dense model that an artifact was made from.
 
     Args:
         identity: as the artifact's manifest has it.
         trust_remote_code: whether this command may run the model's own code. The manifest does not
             decide it: a run directory may come from somebody else.
+        device: of the layers that it hands out.
 
     Raises:
         WeaverError: the model was calibrated with code of its own, which this command may not run.
@@ -179,16 +186,18 @@ def open_model(identity: ModelIdentity, *, trust_remote_code: bool = False) -> C
             fix="--trust-remote-code, if you trust the model",
         )
     return Checkpoint(
-        ModelConfig(path=identity.folder, trust_remote_code=identity.trust_remote_code)
+        ModelConfig(path=identity.folder, trust_remote_code=identity.trust_remote_code), device
     )
 
 
-def open_partition(folder: Path, *, trust_remote_code: bool = False) -> Partition:
+def open_partition(
+    folder: Path, *, trust_remote_code: bool = False, device: torch.device = CPU
+) -> Partition:
     """Open a finished partition stage, and the calibration it names.
 
     Args:
         folder: of the stage.
-        trust_remote_code: see ``open_model``.
+        trust_remote_code, device: see ``open_model``.
 
     Raises:
         WeaverError: either has not finished, or the calibration changed after the partition.
@@ -196,7 +205,7 @@ def open_partition(folder: Path, *, trust_remote_code: bool = False) -> Partitio
     manifest, ref = finished_stage(folder, "partition")
     named = manifest.request.inputs["calibrate"].path
     calibration = open_calibration(
-        (folder.parent / named).resolve(), trust_remote_code=trust_remote_code
+        (folder.parent / named).resolve(), trust_remote_code=trust_remote_code, device=device
     )
     return Partition(folder, manifest, ref, calibration)
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from weaver.artifacts.manifest import (
     MANIFEST,
     REQUEST,
@@ -38,6 +40,7 @@ from weaver.artifacts.store import (
 )
 from weaver.artifacts.summaries import Summary
 from weaver.errors import WeaverError, shell
+from weaver.models.device import CPU
 from weaver.rundir.stage_folders import (
     STAGE_FOLDERS,
     check_outputs,
@@ -79,6 +82,7 @@ class StageContext:
         dry_run: stop with ``WouldRun`` before anything is written.
         data_dir: where data files are looked for after the current folder.
         trust_remote_code: the user lets the dense model's own code run, in this command.
+        device: where the stage computes; no part of what it makes.
         progress: ``progress(title, total)`` gives a context manager that yields ``advance(note)``.
         say: prints one line for the user.
     """
@@ -89,6 +93,7 @@ class StageContext:
     dry_run: bool = False
     data_dir: Path | None = None
     trust_remote_code: bool = False
+    device: torch.device = CPU
     progress: Progress = no_progress
     say: Callable[[str], None] = field(default=lambda _line: None)
 
@@ -283,6 +288,7 @@ class StageRun:
             digest=outputs_digest(outputs),
             summary=summary.model_dump(mode="json"),
             dtype=self.dtype,
+            device=str(self.context.device),
             seconds=round(time.monotonic() - self.started, 3),
             peak_memory_bytes=peak_memory_bytes(),
             versions=versions(),

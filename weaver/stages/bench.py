@@ -56,7 +56,9 @@ def bench(context: StageContext, config: BenchConfig, *, finetuned: bool = True)
     run.begin()
     with pinned_threads(config.threads):
         rows = _rows(context, config, converted)
-        header = device_header(dtype).model_copy(update={"peak_memory_bytes": peak_memory_bytes()})
+        header = device_header(dtype, device=context.device).model_copy(
+            update={"peak_memory_bytes": peak_memory_bytes()}
+        )
     result = BenchResult(header=header, rows=rows)
     write_json(run.folder / RESULTS, result.flat_rows())
     write_text(run.folder / PLOT, speedup_plot(result))
@@ -95,7 +97,7 @@ def _rows(
 def prompt(converted: ConvertedModel, tokens: int) -> Tensor:
     text, length = ["builtin:held-out"], max(tokens, 2)
     windows_WT = read_windows(text, converted.dense.tokenizer(), sequence_length=length, limit=1)
-    return windows_WT[0]
+    return windows_WT[0].to(converted.device)
 
 
 @contextmanager

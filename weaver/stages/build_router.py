@@ -44,7 +44,9 @@ def build_routers(context: StageContext, config: RouterConfig) -> StageManifest:
         WeaverError: no finished partition, or no such router.
     """
     partition = open_partition(
-        context.folder("partition"), trust_remote_code=context.trust_remote_code
+        context.folder("partition"),
+        trust_remote_code=context.trust_remote_code,
+        device=context.device,
     )
     spec = get_method(partition.manifest.request.config["method"])
     resolved = resolve_router(config, spec)
@@ -109,6 +111,7 @@ def _routed_ffn(run: StageRun, partition: Partition, site: Site) -> RoutedFfn | 
         return None
     weights = partition.calibration.checkpoint.ffn(site.number, torch.float32)
     ffn = MoEFeedForward.convert(weights, layout, routed.router, routed.compensation)
+    ffn = ffn.to(weights.device)
     profile = partition.profile(site.number)
     x_TD = routed_inputs(profile, layout.selection).ffn_inputs_ND[:FIDELITY_TOKENS].float()
     fidelity = asdict(module_fidelity(x_TD, ffn, weights))

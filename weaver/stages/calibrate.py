@@ -46,7 +46,7 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     Raises:
         WeaverError: no such model or data, too little text, or a folder with another result.
     """
-    checkpoint = Checkpoint(model)
+    checkpoint = Checkpoint(model, context.device)
     dtype = checkpoint.resolve_dtype(model.dtype)
     _check_markers(config, checkpoint)
     if config.groups and checkpoint.is_moe:

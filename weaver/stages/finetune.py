@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from weaver.data.holdout import hold_out
 from weaver.data.packing import read_windows, separators
 from weaver.errors import WeaverError, require_extra, shell
 from weaver.kernels.machine import cpu_features
+from weaver.models.device import CPU
 from weaver.models.intake import check_windows, read_config
 from weaver.models.writing import Part, copy_companions, parse_size, save_config, write_shards
 from weaver.report.tracking import check_tracker, tracking
@@ -66,12 +68,13 @@ def finetune(
     """
     if report_to is not None:
         check_tracker(report_to)
-    converted = open_converted(context, finetuned=False)
+    # In main memory: the workers place what they read, each on its own device.
+    converted = replace(open_converted(context, finetuned=False), device=CPU)
     tokenizer = converted.dense.tokenizer()
     phases = resolve_phases(config)
     if any(phase.lora is not None and "attention" in phase.lora.targets for phase in phases):
         require_extra("peft", "finetune", "trainable: lora of the attention")
-    workers = Workers.join(_precision(config), sharded=shard)
+    workers = Workers.join(_precision(config, context.device), sharded=shard, device=context.device)
     _check_batches(phases, workers)
     texts, held_out_WT = _texts(context, config, phases, tokenizer)
     for ids_WT in (*texts.values(), held_out_WT):
@@ -111,11 +114,11 @@ def finetune(
     return manifest
 
 
-def _precision(config: FinetuneConfig) -> torch.dtype:
+def _precision(config: FinetuneConfig, device: torch.device) -> torch.dtype:
     """bfloat16 where it is fast, unless the configuration says otherwise."""
     if config.precision != "auto":
         return PRECISIONS[config.precision]
-    fast = torch.cuda.is_available() or "bf16" in cpu_features()
+    fast = device.type == "cuda" or "bf16" in cpu_features()
     return torch.bfloat16 if fast else torch.float32
 
 

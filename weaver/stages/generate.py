@@ -24,6 +24,7 @@ from weaver.evaluation.generation import (
     repetition,
 )
 from weaver.evaluation.smoke import REPETITION_BOUND
+from weaver.models.device import resolve_device
 from weaver.models.intake import load_tokenizer
 from weaver.models.loading import load_model
 from weaver.models.locate import local_path, locate, weight_files
@@ -65,6 +66,7 @@ def generate(
     *,
     on_text: Callable[[str], None],
     dtype: DtypeName = "auto",
+    device: str = "auto",
     chat: bool = False,
 ) -> Generated:
     """Let a model write on from a prompt, and hand on every piece of text as it is finished.
@@ -75,12 +77,14 @@ def generate(
         decoding: how tokens are chosen.
         on_text: gets the pieces of the new text, without prompt and special tokens.
         dtype: of the weights; ``auto`` as they are stored.
+        device: name of the one that computes; see ``resolve_device``.
         chat: put the prompt into the tokenizer's chat template.
 
     Raises:
         WeaverError: there is no such model, or it cannot be loaded; it has no tokenizer or no chat
             template; the prompt is empty or leaves no room; no token can be drawn.
     """
+    place = resolve_device(device)
     folder = model_folder(name)
     weight_files(folder)
     tokenizer = load_tokenizer(folder)
@@ -89,6 +93,7 @@ def generate(
     model = load_model(
         folder,
         "auto" if dtype == "auto" else DTYPES[dtype],
+        device=place,
         fix="name a whole causal language model that transformers can load",
     )
     streamer = CallbackStreamer(tokenizer, on_text)
@@ -139,7 +144,7 @@ def _prompt_ids(
             why="a model writes on from at least one token",
             fix='weaver generate MODEL "Once upon a time"',
         )
-    return torch.tensor([ids])
+    return torch.tensor([ids], device="cpu")
 
 
 def _check_room(folder: Path, tokens: int, decoding: Decoding) -> None:

@@ -69,6 +69,7 @@ def partition(
     calibration = open_calibration(
         calibration_folder or context.folder("calibrate"),
         trust_remote_code=context.trust_remote_code,
+        device=context.device,
     )
     request = StageRequest(
         stage=STAGE,

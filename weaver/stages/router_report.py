@@ -111,7 +111,7 @@ def held_out_positions(windows: int, length: int, seed: int) -> Tensor:
     """
     first = min(FIRST_TOKENS, length - 1)
     routed = length - first
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rows_N = sample_positions(windows * routed, HELD_OUT_TOKENS, generator)
     return rows_N // routed * length + rows_N % routed + first
 
@@ -215,10 +215,10 @@ def half_profiles(inputs: ReportInputs, layer: int) -> list[LayerProfile]:
             weights,
             samples_m.numel(),
             calibration.config.activation_top_k,
-            torch.arange(half_n.numel()),
+            torch.arange(half_n.numel(), device=x_ND.device),
             **group_arguments(groups_m, inputs.packed, calibration.config),
         )
-        statistics.update(x_ND[half_n], ids_n)
+        statistics.update(x_ND[half_n], ids_n.to(x_ND.device))
         profiles.append(statistics.finish(groups_m))
     return profiles
 

@@ -35,7 +35,7 @@ def smoke_test(
     loaded, so that the larger of them has to fit.
 
     Args:
-        context: progress.
+        context: progress, device.
         folder: the converted model.
         dense: the dense model.
         dtype: what the converted model is stored in.
@@ -51,11 +51,17 @@ def smoke_test(
         lack = f"it needs {format_bytes(needs)}, more memory than was available"
         return SkippedTest(skipped=lack)
     with context.progress("smoke test", 2) as advance:
-        model = load_model(dense.folder, dtype, trust_remote_code=dense.model.trust_remote_code)
+        model = load_model(
+            dense.folder,
+            dtype,
+            device=context.device,
+            trust_remote_code=dense.model.trust_remote_code,
+        )
         answers = answer(model, windows_WT)
         del model
         advance("dense")
-        result = smoke_result(answers, load_model(folder, dtype), windows_WT, tokenizer)
+        model = load_model(folder, dtype, device=context.device)
+        result = smoke_result(answers, model, windows_WT, tokenizer)
         advance("converted")
     return result
 

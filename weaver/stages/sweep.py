@@ -25,6 +25,7 @@ from weaver.config.loading import RunConfig
 from weaver.config.sweeping import SweepFile, SweepMethod
 from weaver.errors import WeaverError
 from weaver.methods.registry import get_method
+from weaver.models.device import resolve_device
 from weaver.report.page import report_page
 from weaver.report.runs_table import NOTE, runs_table
 from weaver.report.tables import format_number, format_seconds, markdown_table
@@ -197,13 +198,14 @@ def _work(
     calls = stage_calls(cell.config)
     if "calibrate" not in stages:
         calls = stage_calls(cell.config, shared / "calibrate")
-    context = StageContext(
-        folder / cell.name if "calibrate" not in stages else shared,
-        seed=cell.config.seed,
-        data_dir=data_dir,
-        say=lambda line: print(line, flush=True),
-    )
     try:
+        context = StageContext(
+            folder / cell.name if "calibrate" not in stages else shared,
+            seed=cell.config.seed,
+            data_dir=data_dir,
+            device=resolve_device(cell.config.device),
+            say=lambda line: print(line, flush=True),
+        )
         run_pipeline(
             context,
             {stage: call for stage, call in calls.items() if stage in stages},

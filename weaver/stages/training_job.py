@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from weaver.config.finetuning import FinetuneConfig, PhaseConfig
 from weaver.evaluation.perplexity import compare
 from weaver.kernels.machine import cpu_features
-from weaver.models.loading import load_model
 from weaver.report.tracking import Log
 from weaver.rundir.converted_model import ConvertedModel
 from weaver.rundir.stage_run import StageContext
@@ -73,7 +72,7 @@ class TrainingJob:
         Raises:
             RescuedError: the training has diverged.
         """
-        model = load_model(self.converted.folder, torch.float32)
+        model = self.converted.load("float32")
         dense = _load_teacher(self.converted, self.workers.device.type)
         self.workers.place(dense)
         with context.progress("finetune", sum(phase.steps for phase in self.phases)) as advance:

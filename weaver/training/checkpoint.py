@@ -174,7 +174,7 @@ def save_checkpoint(
         WeaverError: the folder cannot be written.
     """
     path = folder / f"step-{progress.step:08d}.safetensors"
-    tensors = {**state, "losses": torch.tensor(progress.losses, dtype=torch.float64)}
+    tensors = {**state, "losses": torch.tensor(progress.losses, dtype=torch.float64, device="cpu")}
     write_tensors(path, tensors, {"settings": dict(settings), **progress.metadata()})
     for other in folder.glob(_PATTERN):
         if other != path:

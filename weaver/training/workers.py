@@ -40,22 +40,36 @@ class Workers:
         state: rank, number of processes and device, as accelerate finds them.
         precision: dtype of matrix products under autocast; float32 means none.
         sharded: the weights of every layer are divided among them.
+        alone_on: device of a process that trains alone; None for that of ``state``.
     """
 
     state: PartialState
     precision: torch.dtype = torch.float32
     sharded: bool = False
+    alone_on: torch.device | None = None
 
     @classmethod
-    def join(cls, precision: torch.dtype = torch.float32, *, sharded: bool = False) -> Workers:
+    def join(
+        cls,
+        precision: torch.dtype = torch.float32,
+        *,
+        sharded: bool = False,
+        device: torch.device | None = None,
+    ) -> Workers:
         """Join the others, if this process was started with others.
+
+        Args:
+            precision, sharded: see ``Workers``.
+            device: of a process that trains alone; of several each has one of its own, GPUs
+                unless this is the CPU.
 
         Raises:
             WeaverError: weights are to be divided among one process, or by a torch too old for it.
         """
         # Without this word accelerate takes processes on a machine without a GPU for strangers.
-        on_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        workers = cls(PartialState(cpu=on_cpu), precision, sharded)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        on_cpu = several and (not torch.cuda.is_available() or device == torch.device("cpu"))
+        workers = cls(PartialState(cpu=on_cpu), precision, sharded, device)
         if sharded and not can_shard():
             raise WeaverError(
                 f"--shard: torch {torch.__version__} cannot divide experts",
@@ -88,6 +102,8 @@ class Workers:
     @property
     def device(self) -> torch.device:
         """Device of this process."""
+        if self.count == 1 and self.alone_on is not None:
+            return self.alone_on
         return torch.device(self.state.device)
 
     @property
@@ -144,7 +160,9 @@ class Workers:
     def add_loads(self, loads: Mapping[str, ExpertLoad]) -> dict[str, ExpertLoad]:
         """Loads over the tokens of all processes."""
         return {
-            name: ExpertLoad(self.sum(load.counts_E), int(self.sum(torch.tensor(load.tokens))))
+            name: ExpertLoad(
+                self.sum(load.counts_E), int(self.sum(torch.tensor(load.tokens, device="cpu")))
+            )
             for name, load in loads.items()
         }
 
