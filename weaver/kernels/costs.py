@@ -221,7 +221,7 @@ def measure(kind: LayerKind) -> Costs:
 def _routing(tokens: int, chosen: int, experts: int, device: torch.device) -> Routing:
     """Every expert has ``chosen`` of the tokens, drawn evenly."""
     generator = torch.Generator().manual_seed(0)
-    rank_ET = torch.rand(experts, tokens, generator=generator).argsort().argsort()
+    rank_ET = torch.rand(experts, tokens, generator=generator, device="cpu").argsort().argsort()
     tokens_P, experts_P = (chosen > rank_ET.T).nonzero(as_tuple=True)
     ones_P = torch.ones(len(tokens_P), device=device)
     return Routing(tokens_P.to(device), experts_P.to(device), ones_P, tokens, experts)
