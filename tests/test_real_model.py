@@ -41,7 +41,10 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
         context,
         # Processors without 16-bit products take several times as long in the checkpoint's dtype.
         ModelConfig(path=str(MODEL), dtype="float32"),
-        CalibrateConfig(tokens=4096, sequence_length=512, input_sample_mb=8),
+        # A backward pass costs three forward ones, and fewer tokens keep the bounds of weave.
+        CalibrateConfig(
+            tokens=4096, sequence_length=512, input_sample_mb=8, sensitivity_tokens=1024
+        ),
     )
     return context.folder("calibrate")
 
