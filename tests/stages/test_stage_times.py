@@ -12,7 +12,7 @@ from tiny_runs import run_config, run_stages
 
 from weaver.config.loading import RunConfig
 from weaver.models.checkpoint import Checkpoint
-from weaver.stages.stage_times import SPLIT_TOKENS, ExpectedTime, expected_times
+from weaver.stages.stage_times import LOAD_TOKENS, SPLIT_TOKENS, ExpectedTime, expected_times
 
 TRAINING = {"steps": 2, "batch_size": 1, "sequence_length": 16, "eval_windows": 2}
 
@@ -55,7 +55,7 @@ def test_times_grow_with_the_work(finished: Path, tiny_llama: Path) -> None:
     assert larger["partition"].seconds == pytest.approx(
         100 * (1024 + SPLIT_TOKENS) / (512 + SPLIT_TOKENS)
     )
-    assert larger["eval"].seconds == pytest.approx(200)
+    assert larger["eval"].seconds == pytest.approx(100 * (512 + LOAD_TOKENS) / (256 + LOAD_TOKENS))
     assert larger["finetune"].seconds == pytest.approx(300)
     assert larger["bench"].seconds == pytest.approx(100)
 
@@ -81,6 +81,11 @@ def test_a_part_of_a_stage_is_no_measure(finished: Path, tiny_llama: Path) -> No
         os.utime(request, (before, before))
     assert "partition" not in found
     assert found["eval"].seconds == 100.0
+
+
+def test_bench_keeps_to_its_budget(finished: Path, tiny_llama: Path) -> None:
+    config = run_config(tiny_llama, bench={"repeats": 50, "seconds": 120.0})
+    assert times(config, finished / "next")["bench"].seconds == 120.0
 
 
 def test_what_only_the_text_says_is_not_guessed(finished: Path, tiny_llama: Path) -> None:

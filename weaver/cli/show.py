@@ -54,7 +54,9 @@ def show_plan(
 
 
 def _expected(time: ExpectedTime | None) -> tuple[str, str]:
-    return ("unknown", "-") if time is None else (format_seconds(time.seconds), time.source)
+    return (
+        ("unknown", "-") if time is None else (format_seconds(time.seconds), Path(time.source).name)
+    )
 
 
 def show_states(console: Console, states: Sequence[StageState]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from weaver.training.presets import resolve_phases
 SPLIT_TOKENS = 8192
 # Reading the weights once takes as long as computing this many tokens.
 READ_TOKENS = 32
+# Loading both models takes as long as comparing them on this many tokens.
+LOAD_TOKENS = 1024
 # An item of a task is about this long.
 ITEM_TOKENS = 100
 
@@ -92,6 +94,9 @@ def expected_times(
         time = _scaled(stage, wanted, run_dir) if wanted.units else None
         if time is not None:
             found[stage] = time
+    if "bench" in found and found["bench"].seconds > config.bench.seconds:
+        # After its budget no round begins.
+        found["bench"] = replace(found["bench"], seconds=config.bench.seconds)
     return found
 
 
@@ -158,7 +163,8 @@ def _tokens(stage: str, asked: Mapping[str, Any], calibrated: int) -> float:
     elif stage == "eval":
         # Null asks for all windows or items, whose number only the text says.
         items = sum(asked["task_limit"] or math.nan for _ in asked["tasks"])
-        tokens = (asked["windows"] or math.nan) * asked["sequence_length"] + items * ITEM_TOKENS
+        text = (asked["windows"] or math.nan) * asked["sequence_length"]
+        tokens = LOAD_TOKENS + text + items * ITEM_TOKENS
     elif stage == "bench":
         forwards = sum(tokens + READ_TOKENS for tokens in asked["tokens"])
         decoded = asked["decode_tokens"] * (1 + READ_TOKENS)
