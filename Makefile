@@ -46,7 +46,7 @@ docs: $(INSTALLED)
 
 # Sweeps and the tables made of them; what is finished is skipped. Times are among them: run it alone.
 reproduce: $(INSTALLED) $(MODEL)/config.json
-	$(VENV)/bin/python scripts/reproduce.py --data-dir $(DATA_DIR) $(PAGES)
+	$(VENV)/bin/python scripts/reproduce.py --data-dir "$(DATA_DIR)" $(PAGES)
 
 # Times on this machine, one thread; run it alone.
 benchmarks: $(INSTALLED) $(MODEL)/config.json
