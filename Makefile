@@ -2,10 +2,8 @@
 # make test        sets everything up and runs the tests
 # make quality     ruff, mypy, import-linter
 # make docs        the documents and the API reference as a site in build/site, links checked
-# make results     docs/results.md, docs/tasks.md, docs/prediction.md  (DATA_DIR=folder of texts)
-# make headline    docs/headline.md, from finished runs of make results
-# make pacing      docs/pacing.md                                      (DATA_DIR=folder of texts)
-# make recovery    docs/recovery.md, docs/dive_results.md, docs/downcycling.md
+# make reproduce   the measured tables of docs/ that are not up to date: hours
+#                  (DATA_DIR=folder of texts, PAGES=docs/results.md ...)
 # make benchmarks  docs/benchmarks.md
 # make exports     docs/export_checks.md
 # make serve-check docs/serving_checks.md: vLLM in an environment of its own
@@ -22,13 +20,13 @@ SERVE := .venv-serve
 MODEL := models/smollm2-135m
 DATA_DIR ?= $(WEAVER_DATA)
 
-.PHONY: help demo test quality docs results headline pacing recovery benchmarks exports serve-check attack bench-gpu clean
+.PHONY: help demo test quality docs reproduce benchmarks exports serve-check attack bench-gpu clean
 .DELETE_ON_ERROR:
 # A stage's folder is worth keeping even if a later one fails.
 .SECONDARY:
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@sed -n 's/^# \(make .*\|  .*\)/\1/p' Makefile
 
 demo: $(INSTALLED) $(MODEL)/config.json
 	$(WEAVER) run configs/demo.yaml --run-dir runs/demo
@@ -46,24 +44,9 @@ quality: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-results: $(INSTALLED) $(MODEL)/config.json
-	$(VENV)/bin/python scripts/make_results.py --data-dir $(DATA_DIR)
-	$(VENV)/bin/python scripts/make_task_table.py --data-dir $(DATA_DIR)
-	$(VENV)/bin/python scripts/check_prediction.py
-
-# Quality, speed, size and runtimes of the conversions that `make results` left; run it alone.
-headline: $(INSTALLED) $(MODEL)/config.json
-	$(VENV)/bin/python scripts/make_headline.py
-
-# KL by position and FLOPs on four kinds of text.
-pacing: $(INSTALLED) $(MODEL)/config.json
-	$(VENV)/bin/python scripts/make_pacing.py --data-dir $(DATA_DIR)
-
-# Trainings: short recoveries of half-sparse models, DIVE against FLAP, starts of downcycling.
-recovery: $(INSTALLED) $(MODEL)/config.json
-	$(VENV)/bin/python scripts/make_recovery.py --data-dir $(DATA_DIR)
-	$(VENV)/bin/python scripts/make_dive.py --data-dir $(DATA_DIR)
-	$(VENV)/bin/python scripts/make_downcycle.py --data-dir $(DATA_DIR)
+# Sweeps and the tables made of them; what is finished is skipped. Times are among them: run it alone.
+reproduce: $(INSTALLED) $(MODEL)/config.json
+	$(VENV)/bin/python scripts/reproduce.py --data-dir "$(DATA_DIR)" $(PAGES)
 
 # Times on this machine, one thread; run it alone.
 benchmarks: $(INSTALLED) $(MODEL)/config.json

@@ -59,7 +59,7 @@ def test_a_run_as_json(finished: Path, tiny_llama: Path, tmp_path: Path) -> None
 
     planned = json.loads(_weaver("run", config, "-r", run_dir, "--dry-run", "--json").stdout)
     assert [stage["stage"] for stage in planned["stages"]] == STAGES
-    assert planned["estimate"]["model_disk"] > 0
+    assert planned["needs"]["assemble"]["disk"] > 0
 
     rows = json.loads(_weaver("run", config, "-r", run_dir, "--json").stdout)
     assert [row["stage"] for row in rows] == STAGES

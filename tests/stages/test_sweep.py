@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import file_times, run_values, write_config
+from filelock import FileLock
+from tiny_runs import file_times, run_values, start_weaver, write_config
 from typer.testing import CliRunner, Result
 
 from weaver.cli.app import app
@@ -63,6 +66,17 @@ def test_the_cells_are_all_combinations(tiny_llama: Path, tmp_path: Path) -> Non
     assert cells[1].config.partition.num_experts == 16
     assert cells[3].config.partition.method == "dive"
     assert cells[5].config.seed == 3
+
+
+def test_a_sparsity_of_its_own_takes_the_place_of_the_others(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    own = {"name": "less", "sections": {"partition": {"method": "cmoe", "sparsity": 0.375}}}
+    path = sweep_file(tiny_llama, tmp_path / "sweep.yaml", methods=["cmoe", own])
+    cells = cells_of(load_sweep(path))
+    assert [cell.name for cell in cells] == ["cmoe-0.25", "cmoe-0.5", "less-0.375"]
+    assert cells[-1].method == "less"
+    assert cells[-1].config.partition.sparsity == 0.375
 
 
 def test_refusals(tiny_llama: Path, tmp_path: Path) -> None:
@@ -125,3 +139,17 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tiny_llama: Path, tmp_p
     assert kept() == before
     assert "cmoe-0.25" in (out / "comparison.md").read_text()
     assert "Failed" not in (out / "comparison.md").read_text()
+
+
+def test_a_cell_ends_with_a_sweep_that_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
+    training = {"steps": 20_000, "batch_size": 1, "sequence_length": 64, "eval_windows": 2}
+    method = {"name": "long", "sections": {"partition": {"method": "cmoe"}, "finetune": training}}
+    path = sweep_file(tiny_llama, tmp_path / "sweep.yaml", methods=[method], sparsities=[0.25])
+    run_dir = tmp_path / "out" / "long-0.25"
+    with start_weaver("sweep", path, tmp_path / "out") as process:
+        while process.poll() is None and not (run_dir / "finetune").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    # The lock goes with the process that holds it; minutes of training are left.
+    with FileLock(run_dir / ".lock").acquire(timeout=60):
+        assert not (run_dir / "finetune" / "manifest.json").exists()

@@ -71,13 +71,20 @@ def _show_dry_run(
 ) -> None:
     from weaver.models.checkpoint import Checkpoint
     from weaver.stages.estimate import estimate, shortages
+    from weaver.stages.stage_times import expected_times
 
-    needs = estimate(settings, Checkpoint(settings.model))
-    lacking = shortages(needs, run_dir)
+    checkpoint = Checkpoint(settings.model)
+    needs, times = estimate(settings, checkpoint), expected_times(settings, checkpoint, run_dir)
+    to_come = {each.stage: needs[each.stage] for each in plan if each.status != "skip"}
+    lacking = shortages(to_come, run_dir)
     if output.as_json:
-        values = {"stages": list(map(asdict, plan)), "estimate": asdict(needs)}
+        values = {
+            "stages": list(map(asdict, plan)),
+            "needs": {stage: asdict(each) for stage, each in needs.items()},
+            "times": {stage: asdict(each) for stage, each in times.items()},
+        }
         print(json.dumps({**values, "shortages": lacking}, indent=2))
     else:
-        show_plan(console, plan, needs, lacking)
+        show_plan(console, plan, needs, times, lacking)
     if any(stage.status == "refuse" for stage in plan):
         raise typer.Exit(1)

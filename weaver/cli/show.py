@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,9 @@ from weaver.report.tables import console_table, format_bytes, format_percent, fo
 if TYPE_CHECKING:
     from weaver.artifacts.manifest import StageManifest
     from weaver.rundir.inspection import StageState
-    from weaver.stages.estimate import Estimate
+    from weaver.stages.estimate import Needs
     from weaver.stages.pipeline import PlannedStage
+    from weaver.stages.stage_times import ExpectedTime
 
 
 def show_manifest(console: Console, stage: str, manifest: StageManifest, folder: Path) -> None:
@@ -30,19 +31,32 @@ def show_manifest(console: Console, stage: str, manifest: StageManifest, folder:
 
 
 def show_plan(
-    console: Console, plan: Sequence[PlannedStage], needs: Estimate, lacking: Sequence[str]
+    console: Console,
+    plan: Sequence[PlannedStage],
+    needs: Mapping[str, Needs],
+    times: Mapping[str, ExpectedTime],
+    lacking: Sequence[str],
 ) -> None:
-    """Print the plan of a dry run, a row per stage, the estimate, and what is not free for it."""
-    rows = [(stage.stage, stage.status, stage.note) for stage in plan]
-    console.print(console_table("dry run", ("stage", "would", "note"), rows))
-    console.print(
-        f"estimate: {format_bytes(needs.memory)} of memory layer by layer, "
-        f"{format_bytes(needs.eval_memory)} for eval and bench (both models); disk "
-        f"{format_bytes(needs.profile_disk)} for profiles, {format_bytes(needs.model_disk)} "
-        "for the model"
-    )
+    """Print the plan of a dry run, a row per stage with its estimates, and what is not free."""
+    rows = [
+        (
+            *(stage.stage, stage.status, format_bytes(needs[stage.stage].memory)),
+            format_bytes(needs[stage.stage].disk) if needs[stage.stage].disk else "-",
+            *_expected(times.get(stage.stage)),
+            stage.note,
+        )
+        for stage in plan
+    ]
+    headers = ("stage", "would", "peak memory", "disk", "time", "time scaled from", "note")
+    console.print(console_table("dry run, with estimates", headers, rows))
     for line in lacking:
         console.print(f"[yellow]warning:[/yellow] {line}")
+
+
+def _expected(time: ExpectedTime | None) -> tuple[str, str]:
+    return (
+        ("unknown", "-") if time is None else (format_seconds(time.seconds), Path(time.source).name)
+    )
 
 
 def show_states(console: Console, states: Sequence[StageState]) -> None:

@@ -19,7 +19,10 @@ Varied = Literal["calibrate", "partition", "router", "assemble", "finetune"]
 
 
 class SweepMethod(Section):
-    """A method with settings of its own; ``name`` stands in the names of its cells."""
+    """A method with settings of its own; ``name`` stands in the names of its cells.
+
+    Its own ``partition.sparsity`` takes the place of the sweep's sparsities.
+    """
 
     name: Name
     sections: dict[Varied, dict[str, Any]] = Field(default_factory=dict)

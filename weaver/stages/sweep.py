@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,11 +47,13 @@ class Cell:
 
     Args:
         name: of its run directory.
+        method: name of its method in the sweep.
         config: of its run.
         calibration: name of the run directory that holds its calibration.
     """
 
     name: str
+    method: str
     config: RunConfig
     calibration: str
 
@@ -78,7 +82,8 @@ def cells_of(file: SweepFile) -> list[Cell]:
             }
             partition = {"method": method.name, **given.get("partition", {})}
             static = get_method(partition["method"]).num_experts is None
-            for sparsity in sweep.sparsities:
+            own_sparsity = (partition["sparsity"],) if "sparsity" in partition else None
+            for sparsity in own_sparsity or sweep.sparsities:
                 for slices in (None,) if static else sweep.num_experts:
                     chosen = {**partition, "sparsity": sparsity}
                     if slices is not None:
@@ -88,7 +93,7 @@ def cells_of(file: SweepFile) -> list[Cell]:
                     own = "" if text == plain else f"-{text_digest(text)[:8]}"
                     name = f"{method.name}-{sparsity:g}" + (f"-{slices}slices" if slices else "")
                     name += f"-seed{seed}" if len(sweep.seeds) > 1 else ""
-                    cells.append(Cell(name, config, f"calibration-seed{seed}{own}"))
+                    cells.append(Cell(name, method.name, config, f"calibration-seed{seed}{own}"))
     names = [cell.name for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -193,6 +198,7 @@ def _work(
     with log.open("a", encoding="utf-8") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
+    threading.Thread(target=_end_with_reader, args=(answer,), daemon=True).start()
     torch.set_num_threads(threads)
     shared = folder / cell.calibration
     calls = stage_calls(cell.config)
@@ -222,3 +228,14 @@ def _work(
         answer.send(f"{type(error).__name__}: {error}; log {log}")
     else:
         answer.send(None)
+
+
+def _end_with_reader(answer: Connection[Any, Any]) -> None:
+    """End this process when nobody is left to read its answer, since the sweep was killed.
+
+    Otherwise the cell would hold its run directory against the sweep that is started next.
+    """
+    broken = select.poll()
+    broken.register(answer.fileno(), select.POLLERR)
+    broken.poll()
+    os._exit(1)

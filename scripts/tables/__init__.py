@@ -1,0 +1,1 @@
+"""Tables of docs/, each made from the runs of a sweep."""
