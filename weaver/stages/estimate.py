@@ -79,7 +79,8 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Needs]:
     Layer by layer, peak = hidden states (up to the spill limit) + embeddings and head + one decoder
     layer, its FFN twice more in float32 for the method + the activations of one batch, or the
     matrices of a refit, + what a profile keeps, or the backward pass with the inputs of every
-    layer. ``eval``, ``bench``, ``finetune`` and the smoke test hold both models. The number of
+    layer. ``eval``, ``bench`` and the smoke test hold both models, ``finetune`` twice as much in
+    float32, for gradients and moments (of all weights: low-rank adapters need less). The number of
     samples is taken as one in 200 tokens, which sets the size of the per-sample means.
     """
     sizes = _Sizes(config, checkpoint)
@@ -95,8 +96,7 @@ def estimate(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Needs]:
         "bench": Needs(sizes.both(config.bench.dtype) + sizes.logits()),
     }
     if config.finetune is not None:
-        trained = Needs(2 * sizes.both("float32"), 2 * sizes.model("float32"))
-        stages["finetune"] = trained
+        stages["finetune"] = Needs(2 * sizes.both("float32"), 2 * sizes.model("float32"))
     return stages
 
 
