@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from weaver.methods.registry import get_method, resolve_options
 from weaver.models.checkpoint import Checkpoint
 from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES
 from weaver.report.tables import format_bytes
+from weaver.rundir.free_disk import free_disk
 
 # Python, torch and transformers themselves, resident before any model is read.
 PROCESS_BYTES = 400 * 2**20
@@ -52,13 +52,11 @@ def shortages(needs: Estimate, run_dir: Path) -> list[str]:
         needs: from ``estimate``.
         run_dir: the run directory, which need not be there.
     """
-    memory, folder = available_memory(), run_dir.resolve()
-    while not folder.exists():
-        folder = folder.parent
+    memory = available_memory()
     checks = (
         ("memory layer by layer", needs.memory + PROCESS_BYTES, memory),
         ("memory for eval and bench", needs.eval_memory + PROCESS_BYTES, memory),
-        ("disk", needs.profile_disk + needs.model_disk, shutil.disk_usage(folder).free),
+        ("disk", needs.profile_disk + needs.model_disk, free_disk(run_dir)),
     )
     return [
         f"{what}: {format_bytes(need)} needed, {format_bytes(free)} free"

@@ -21,7 +21,14 @@ from weaver.data.packing import read_windows, separators
 from weaver.errors import WeaverError, require_extra, shell
 from weaver.kernels.machine import cpu_features
 from weaver.models.intake import check_windows, read_config
-from weaver.models.writing import Part, copy_companions, parse_size, save_config, write_shards
+from weaver.models.writing import (
+    Part,
+    copy_companions,
+    parse_size,
+    save_config,
+    weights_bytes,
+    write_shards,
+)
 from weaver.report.tracking import check_tracker, tracking
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext, StageRun
@@ -97,7 +104,7 @@ def finetune(
         job.train(context, run.folder, lambda _values, _step: None)
         workers.wait()  # for the manifest
         return run.skipped()
-    run.begin()
+    run.begin(disk=weights_bytes(converted.folder))
     try:
         with tracking(report_to, context.run_dir.name, _logs(context), request.config) as log:
             model, report = job.train(context, run.folder, log)
