@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 import signal
 import struct
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
+import torch
+from byte_tokenizer import byte_tokenizer
+from tiny_gguf import tiny_llama, write_gguf
 
 from weaver.artifacts.manifest import (
     MANIFEST,
@@ -32,7 +37,10 @@ from weaver.data.sources import read_documents
 from weaver.errors import WeaverError
 from weaver.evaluation.task_files import read_task
 from weaver.models.checkpoint import Checkpoint
+from weaver.models.gguf import dequantise
 from weaver.rundir.stage_folders import check_contents
+from weaver.training.checkpoint import Progress, read_checkpoint, save_checkpoint
+from weaver.training.guard import Evaluation, HeldOut, load_best, save_best
 
 SECONDS = 10
 MAX_BYTES = 10**9
@@ -156,11 +164,41 @@ def _text(name: str, text: str, read: Callable[[Path], object]) -> Callable[...,
     return attack
 
 
+def _gguf(_model: Path, folder: Path, random_: random.Random) -> None:
+    """Dequantise a GGUF file, most often with a change in its header."""
+    content = _gguf_bytes()
+    header = 12_000
+    changed = mutated_bytes(content[:header], random_) + content[header:]
+    changed = changed if random_.random() < 0.8 else mutated_bytes(content, random_)
+    (folder / "m.gguf").write_bytes(changed)
+    dequantise(folder / "m.gguf", folder / "out", torch.float32)
+
+
+@cache
+def _gguf_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gguf"
+        return write_gguf(path, tiny_llama(tied=True), byte_tokenizer()).read_bytes()
+
+
+def _checkpoint(_model: Path, folder: Path, random_: random.Random) -> None:
+    """Go on from a training checkpoint, one of its best weights included."""
+    state = {"parameter/a": torch.ones(4), "optimizer/exp_avg/a": torch.ones(4)}
+    evaluation = Evaluation(0, 0, HeldOut(2.0, 0.1, 1.9))
+    save_checkpoint(folder, state, Progress((1.0,), evaluations=(evaluation,)), {"seed": 0})
+    save_best(folder, 0, {"a": torch.ones(4)})
+    _file(random_.choice(sorted(folder.iterdir())), random_)
+    read_checkpoint(folder, {"seed": 0})
+    load_best(folder, 0)
+
+
 KINDS: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "config.json": _model("config.json"),
     "weights": _model("model.safetensors"),
     "tokenizer.json": _model("tokenizer.json"),
     "tokenizer_config.json": _model("tokenizer_config.json"),
+    "GGUF": _gguf,
+    "training checkpoint": _checkpoint,
     "manifest and request": _records,
     "run file (YAML)": _text("run.yaml", YAML, load_run_config),
     "rows of text": _text("rows.jsonl", ROWS, lambda path: read_documents(str(path), None)),
@@ -188,7 +226,7 @@ def attack(kind: str, seed: int, model: Path, folder: Path) -> str:
     Returns:
         "refused", "accepted", or what went wrong: the name of an exception, "slow", "memory".
     """
-    before = psutil.Process().memory_info().rss
+    before = _peak()
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(SECONDS)
     try:
@@ -202,4 +240,9 @@ def attack(kind: str, seed: int, model: Path, folder: Path) -> str:
         found = type(error).__name__
     finally:
         signal.alarm(0)
-    return "memory" if psutil.Process().memory_info().rss - before > MAX_BYTES else found
+    return "memory" if _peak() - before > MAX_BYTES else found
+
+
+def _peak() -> int:
+    """Most bytes that this process ever had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -17,6 +17,7 @@ from tiny_runs import fork_weaver, run_config, run_stages, run_values, start_wea
 from typer.testing import CliRunner
 
 import weaver.cli.app
+from weaver.cli.session import is_follower
 from weaver.report.terminal import make_console
 from weaver.rundir.lock import locked
 
@@ -64,6 +65,28 @@ def test_a_launcher_makes_no_followers_of_commands_that_are_not_distributed(
     done = CliRunner().invoke(weaver.cli.app.app, arguments)
     assert done.exit_code == 0
     assert "calibrate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("stage", "rank", "count", "follows"),
+    [
+        ("finetune", "1", "2", True),
+        ("finetune", "0", "2", False),
+        # Left over from a launcher that has ended: one process, which holds the lock and speaks.
+        ("finetune", "1", None, False),
+        ("finetune", "1", "1", False),
+        ("finetune", "x", "2", False),
+        ("eval", "1", "2", False),
+    ],
+)
+def test_who_trains_beside_a_main_process(
+    stage: str, rank: str, count: str | None, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if count is not None:
+        monkeypatch.setenv("WORLD_SIZE", count)
+    assert is_follower(stage) is follows
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from weaver.data.packing import MIN_SAMPLE_TOKENS, PackedTokens, _shares, _token_ids, pack, windows
+from weaver.data.packing import (
+    MIN_SAMPLE_TOKENS,
+    PackedTokens,
+    _shares,
+    _token_ids,
+    group_samples,
+    pack,
+    windows,
+)
 from weaver.data.sources import DataSpec, Document
 from weaver.errors import WeaverError
 
@@ -230,20 +239,41 @@ def test_windows_need_one_window(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
         windows([Document("abc", "g")], tiny_tokenizer, sequence_length=2, limit=0)
 
 
+class Watched:
+    """A tokenizer that notes the lengths of the texts that it is given."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast) -> None:
+        self.inner = inner
+        self.seen: list[int] = []
+
+    def __call__(self, text: str, **options: object) -> object:
+        self.seen.append(len(text))
+        return self.inner(text, **options)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
 def test_no_more_of_a_long_text_is_read_than_is_wanted(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """The same tokens as of the whole text, of which only the first part is ever tokenised."""
-    seen = []
-
-    class Watched:
-        def __call__(self, text: str, **options: object) -> object:
-            seen.append(len(text))
-            return tiny_tokenizer(text, **options)
-
     for text in ("word " * 100_000, "x" * 500_000):
-        seen.clear()
+        watched: Any = Watched(tiny_tokenizer)
         expected = tiny_tokenizer(text[:40])["input_ids"]
-        assert _token_ids(Watched(), text, 40) == expected[:40]  # type: ignore[arg-type]
-        assert max(seen) < 5000
+        assert _token_ids(watched, text, 40) == expected[:40]
+        assert max(watched.seen) < 5000
     assert _token_ids(tiny_tokenizer, "short", 40) == tiny_tokenizer("short")["input_ids"]
+
+
+def test_further_pieces_of_a_long_text_are_read_as_they_are_taken(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = "".join(chr(97 + n * n % 26) for n in range(500_000))
+    watched: Any = Watched(tiny_tokenizer)
+    pieces = group_samples([Document(text, "g")], watched, 40)
+    tokens = [token for _ in range(8) for token in next(pieces).tokens]
+    assert max(watched.seen) < 10_000
+    # Every sample ends on a separator.
+    expected = tiny_tokenizer(text[:400])["input_ids"]
+    assert [t for t in tokens if t != tiny_tokenizer.eos_token_id] == expected[: 8 * 39]

@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
-from torch import Tensor
+from tiny_gguf import NAMES, tiny_llama, write_gguf
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -22,104 +20,6 @@ from weaver.errors import WeaverError
 from weaver.models import gguf as gguf_input
 from weaver.models.gguf import SOURCE_FILE, dequantise, is_dequantised
 from weaver.stages.model_card import base_license
-
-HEADS = 4
-KEY_VALUE_HEADS = 2
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-5,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-    )
-    model = LlamaForCausalLM(config)
-    model.eval()
-    return model
-
-
-def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The row order of GGUF: the two halves that rotate together become neighbours."""
-    rows, columns = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns)
-
-
-def write_tensors(writer: gguf.GGUFWriter, model: LlamaForCausalLM) -> None:
-    """Write the weights, and put into ``model`` the values that their Q8_0 blocks stand for."""
-
-    def add(name: str, parameter: Tensor, heads: int | None = None) -> None:
-        if parameter.dim() == 1:
-            writer.add_tensor(name, parameter.detach().numpy())
-            return
-        blocks = gguf.quants.quantize(parameter.detach().numpy(), GGMLQuantizationType.Q8_0)
-        values = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
-        parameter.data.copy_(torch.from_numpy(values))
-        stored = blocks if heads is None else interleave_rotary(blocks, heads)
-        writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType.Q8_0)
-
-    add("token_embd.weight", model.model.embed_tokens.weight)
-    add("output_norm.weight", model.model.norm.weight)
-    if not model.config.tie_word_embeddings:
-        add("output.weight", model.lm_head.weight)
-    heads = {"attn_q": HEADS, "attn_k": KEY_VALUE_HEADS}
-    for index, layer in enumerate(model.model.layers):
-        for module, name in NAMES.items():
-            weight = layer.get_parameter(f"{module}.weight")
-            add(f"blk.{index}.{name}.weight", weight, heads.get(name))
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_license("apache-2.0")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_VALUE_HEADS)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    tokens = tokenizer.convert_ids_to_tokens(list(range(259)))
-    # The format has no empty array, so there is one merge and its product.
-    writer.add_token_list([*tokens, "qz"])
-    writer.add_token_types([1] * 256 + [3] * 3 + [1])
-    writer.add_token_merges(["q z"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_pad_token_id(258)
-    write_tensors(writer, model)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -209,6 +109,105 @@ def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None
 def test_a_truncated_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(WeaverError, match=r"tiny\.gguf: transformers .* cannot load it"):
+    with pytest.raises(WeaverError, match=r"tiny\.gguf: damaged header") as caught:
         dequantise(path, tmp_path / "out")
+    assert "that its tensors need" in caught.value.why
     assert not (tmp_path / "out").exists()
+
+
+def _number(value: int, layout: str = "<Q") -> bytes:
+    return struct.pack(layout, value)
+
+
+def _name(text: bytes) -> bytes:
+    return _number(len(text)) + text
+
+
+def _header(tensors: int = 0, fields: int = 0, rest: bytes = b"") -> bytes:
+    return b"GGUF" + _number(3, "<I") + _number(tensors) + _number(fields) + rest
+
+
+def _tensor(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    sizes = b"".join(map(_number, shape))
+    return _name(name) + _number(len(shape), "<I") + sizes + _number(kind, "<I") + _number(offset)
+
+
+_NESTED = b"".join(_number(9, "<I") + _number(1) for _ in range(6))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"GGUF", "behind the end"),
+        (b"GGUF" + _number(9, "<I") + bytes(16), "version 9"),
+        (_header(tensors=2**60), "tensors, more than"),
+        (_header(fields=2**60), "fields, more than"),
+        (_header(fields=1, rest=_number(2**62)), "bytes of a name"),
+        (_header(fields=1, rest=_name(b"a") + _number(8, "<I") + _number(2**40)), "bytes of a na"),
+        (_header(fields=1, rest=_name(b"a") + _number(77, "<I")), "unknown type 77"),
+        (
+            _header(fields=1, rest=_name(b"a") + _number(9, "<I") + _number(0, "<I") + b"\xff" * 8),
+            "values in arrays",
+        ),
+        (_header(fields=1, rest=_name(b"a") + _number(9, "<I") + _NESTED), "more than 4 deep"),
+        (
+            _header(fields=1, rest=_name(b"general.alignment") + _number(4, "<I") + bytes(4)),
+            "alignment of 0",
+        ),
+        (_header(1, rest=_tensor(b"a", (1,) * 9, 0, 0)), "dimensions of 'a'"),
+        (_header(1, rest=_tensor(b"a", (4,), 999, 0)), "unknown type 999"),
+        (_header(1, rest=_tensor(b"a", (4,), 8, 0)), "does not fill its blocks"),
+        (_header(1, rest=_tensor(b"a", (2**62, 2**62), 0, 0)), "that its tensors need"),
+        (_header(1, rest=_tensor(b"a", (4,), 0, 2**62)), "that its tensors need"),
+        (_header(1, rest=_tensor(b"\xff", (4,), 0, 0)), "can't decode"),
+        (_header(2, rest=_tensor(b"a", (4,), 0, 0) * 2 + bytes(99)), "stands there twice"),
+        (
+            _header(2, rest=_tensor(b"a", (4,), 0, 0) + _tensor(b"b", (4,), 0, 0) + bytes(99)),
+            "two tensors share",
+        ),
+    ],
+)
+def test_a_hostile_header_is_refused_before_a_library_reads_it(
+    content: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_input, "_load", lambda *_: pytest.fail("read by a library"))
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(WeaverError, match=r"bad\.gguf: damaged header") as caught:
+        dequantise(path, tmp_path / "out")
+    assert why in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("add_block_count", 1), "a model of 1 layers"),
+        (("add_block_count", 2**32 - 1), "num_hidden_layers is"),
+        (("add_feed_forward_length", 10**9), "intermediate_size is"),
+        (("add_feed_forward_length", 10**6), "a model of 384"),
+        (("add_context_length", 0), "max_position_embeddings is 0"),
+    ],
+)
+def test_fields_that_describe_another_model(
+    change: tuple[str, int],
+    message: str,
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, value = change
+    right = getattr(gguf.GGUFWriter, name)
+    monkeypatch.setattr(gguf.GGUFWriter, name, lambda self, _: right(self, value))
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
+    with pytest.raises(WeaverError) as caught:
+        dequantise(path, tmp_path / "out")
+    assert message in caught.value.what
+
+
+def test_a_layer_without_one_of_its_tensors(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(NAMES, "mlp.up_proj")
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), tiny_tokenizer)
+    with pytest.raises(WeaverError, match=r"describe a model of model\.layers\.0\.mlp\.up_proj"):
+        dequantise(path, tmp_path / "out")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 from tiny_conversions import OpenTiny
 from tiny_models import save_tiny_model
 from transformers import PreTrainedTokenizerFast
@@ -61,10 +66,24 @@ def test_a_missing_shard(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 
 
 def test_no_safetensors(tmp_path: Path) -> None:
-    touch(tmp_path, "pytorch_model.bin", "config.json")
-    with pytest.raises(WeaverError, match=r"no \*\.safetensors file") as caught:
+    with pytest.raises(WeaverError, match=r"no \*\.safetensors file\n") as caught:
         weight_files(tmp_path)
-    assert "save_pretrained" in caught.value.fix
+    assert caught.value.fix == "fetch the model's *.safetensors files"
+
+
+def test_pickled_weights_are_refused_and_the_advice_converts_them(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tmp_path / "a model"
+    save_tiny_model("llama", folder, tiny_tokenizer)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(WeaverError, match=r"its weights lie in pytorch_model\.bin") as caught:
+        weight_files(folder)
+    advice = caught.value.fix.removesuffix(", if you trust them")
+    subprocess.run([sys.executable, *shlex.split(advice)[1:]], check=True)
+    assert Checkpoint(ModelConfig(path=str(folder))).names()
 
 
 def test_a_folder_and_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

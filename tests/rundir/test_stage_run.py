@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,26 @@ def test_a_second_process_is_turned_away_until_the_first_has_gone(
     assert "another weaver process is at work here" in second.stderr
     assert "Traceback" not in second.stderr
     assert third.exitcode == 0
+
+
+def test_a_process_killed_before_it_holds_the_lock_leaves_nothing_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch = Path.touch
+
+    def die(path: Path) -> None:
+        touch(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "touch", die)
+        with locked(tmp_path):
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_inspect_tells_complete_unfinished_and_damaged_apart(

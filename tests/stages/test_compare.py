@@ -111,6 +111,16 @@ def test_the_forms_say_the_same(runs: tuple[Path, Path]) -> None:
     assert cells["perplexity"][1] in markdown
 
 
+def test_tables_for_other_programs_hold_no_escape_sequence(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(runs[0], tmp_path / "a\x1b[2Jb")
+    for form in ("--markdown", "--csv"):
+        text = weaver(run_dir, form).stdout
+        assert "\x1b" not in text
+        assert r"a\x1b[2Jb" in text
+
+
 def test_refusals(runs: tuple[Path, Path], tmp_path: Path) -> None:
     both = weaver(*runs, "--json", "--csv")
     assert both.exit_code == 1

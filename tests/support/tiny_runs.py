@@ -10,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -140,21 +140,40 @@ def run_weaver(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 # Forks of a process that has imported torch start in no time; each is a process of its own.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["weaver.cli.app", "weaver.stages.pipeline"])
+_FORKS.set_forkserver_preload(
+    ["weaver.cli.app", "weaver.stages.pipeline", "accelerate", "tiny_models"]
+)
 
 
-def fork_weaver(log: Path, *arguments: str | Path) -> multiprocessing.process.BaseProcess:
-    """Start the program in a process of its own; what it prints goes to a file."""
+def fork_weaver(
+    log: Path,
+    *arguments: str | Path,
+    threads: int | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> multiprocessing.process.BaseProcess:
+    """Start the program in a process of its own; what it prints goes to a file.
+
+    Args:
+        log: the file.
+        arguments: of the program.
+        threads: of torch; by default as many as here.
+        prepare: is called there before the program starts.
+    """
     words = [str(argument) for argument in arguments]
-    process = _FORKS.Process(target=_weaver_main, args=(words, log, torch.get_num_threads()))
+    count = threads or torch.get_num_threads()
+    process = _FORKS.Process(target=_weaver_main, args=(words, log, count, prepare))
     process.start()
     return process
 
 
-def _weaver_main(arguments: list[str], log: Path, threads: int) -> None:
+def _weaver_main(
+    arguments: list[str], log: Path, threads: int, prepare: Callable[[], None] | None
+) -> None:
     with log.open("w") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
     torch.set_num_threads(threads)
+    if prepare is not None:
+        prepare()
     sys.argv = ["weaver", *arguments]
     main()

@@ -17,6 +17,7 @@ from weaver.config.finetuning import FinetuneConfig
 from weaver.errors import WeaverError
 from weaver.training.checkpoint import remove_checkpoints, windows_digest
 from weaver.training.loop import finetune
+from weaver.training.sealed import read_sealed, write_sealed
 from weaver.training.trainer import StepReport
 
 ModelFactory = Callable[..., LlamaForCausalLM]
@@ -76,6 +77,32 @@ def test_truncated_file_names_itself_and_the_fix(
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer/exp_avg/model.norm.weight": torch.ones(16, dtype=torch.int32)},
+        {"optimizer/exp_avg/model.norm.weight": None},
+        {"parameter/model.norm.weight": torch.ones(16, dtype=torch.float16)},
+        {"losses": torch.ones(2, 2)},
+        {},
+    ],
+)
+def test_damage_that_still_fits_the_model_is_found(
+    checkpoint: Path,
+    make_model: ModelFactory,
+    windows_WT: Tensor,
+    change: dict[str, Tensor | None],
+) -> None:
+    tensors, metadata = read_tensors(checkpoint)
+    merged = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+    # The metadata alone, where no tensor changes.
+    seconds = metadata["seconds"] if change else "x"
+    write_tensors(checkpoint, merged, {**metadata, "seconds": seconds})
+    with pytest.raises(WeaverError, match=r"step-00000004\.safetensors: damaged, digest") as error:
+        train(make_model(), windows_WT, checkpoint.parent)
+    assert f"delete {checkpoint} and rerun" in error.value.fix
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("seed", 1, r"seed 0 -> 1"),
@@ -129,9 +156,9 @@ def test_another_model_is_refused(
     change: dict[str, Tensor | None],
     message: str,
 ) -> None:
-    tensors, metadata = read_tensors(checkpoint)
+    tensors, metadata = read_sealed(checkpoint, rebuild="")
     merged = {**tensors, **change}
-    write_tensors(checkpoint, {k: v.clone() for k, v in merged.items() if v is not None}, metadata)
+    write_sealed(checkpoint, {k: v.clone() for k, v in merged.items() if v is not None}, metadata)
     model, before = make_model(), make_model().state_dict()
     with pytest.raises(WeaverError, match="does not fit the model") as error:
         train(model, windows_WT, checkpoint.parent)

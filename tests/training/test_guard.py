@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weaver.artifacts.store import read_tensors, write_tensors
 from weaver.errors import WeaverError
 from weaver.training.guard import (
     Evaluation,
@@ -80,3 +81,11 @@ def test_the_best_weights_on_disk(tmp_path: Path) -> None:
     with pytest.raises(WeaverError, match=r"best-00000010\.safetensors: missing") as error:
         load_best(tmp_path, 10)
     assert error.value.fix.startswith(f"rm -r {tmp_path}")
+
+
+def test_damaged_best_weights_are_named(tmp_path: Path) -> None:
+    save_best(tmp_path, 3, {"a": torch.ones(2), "b": torch.ones(2)})
+    tensors, metadata = read_tensors(best_path(tmp_path, 3))
+    write_tensors(best_path(tmp_path, 3), {"a": tensors["a"]}, metadata)
+    with pytest.raises(WeaverError, match=r"best-00000003\.safetensors: damaged, digest"):
+        load_best(tmp_path, 3)

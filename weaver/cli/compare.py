@@ -31,10 +31,13 @@ def compare(
         )
     from weaver.report.runs_table import NOTE, runs_table
     from weaver.report.tables import console_table, markdown_table
+    from weaver.report.terminal import printable
     from weaver.stages.compare import compare_runs
 
     found = compare_runs(runs)
-    headers, rows = runs_table(found)
+    heads, cells = runs_table(found)
+    # Tables for other programs go around the console, which would write control characters out.
+    headers, *rows = [tuple(map(printable, row)) for row in (heads, *cells)]
     if as_json:
         print(json.dumps([run.model_dump(mode="json") for run in found], indent=2))
     elif as_csv:

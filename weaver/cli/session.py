@@ -155,8 +155,9 @@ def is_follower(stage: str) -> bool:
 
     Only ``finetune`` is distributed; every other command is one process, whatever a launcher says.
     """
-    rank = os.environ.get("RANK", "0")
-    return stage == "finetune" and rank.isdecimal() and int(rank) > 0
+    rank, count = (os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE"))
+    started = rank.isdecimal() and count.isdecimal() and int(count) > 1
+    return stage == "finetune" and started and int(rank) > 0
 
 
 def quiet_libraries() -> None:

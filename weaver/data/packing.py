@@ -244,27 +244,28 @@ def group_samples(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> Iterator[Sample]:
     """The first piece of every document, then the second of those that are longer, and so on."""
-    prefix, suffix = separators(tokenizer)
+    around = separators(tokenizer)
+    yield from _take_turns(_pieces(each, tokenizer, limit, *around) for each in documents)
+
+
+def _pieces(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    prefix: list[int],
+    suffix: list[int],
+) -> Iterator[Sample]:
+    """A document in samples of at most ``limit`` tokens, read no further than twice their end."""
     # A separator that fills the whole sample would leave no text.
     body = max(limit - len(prefix) - len(suffix), 1)
-    long: list[Document] = []
-    for document in documents:
-        ids = _token_ids(tokenizer, document.text, body + 1)
-        if ids:
-            yield Sample(prefix + ids[:body] + suffix, document.group)
-        if len(ids) > body:
-            long.append(document)
-    rests: deque[tuple[list[int], str]] = deque()
-    for document in long:
-        ids = _token_ids(tokenizer, document.text)[body:]
-        if ids:
-            yield Sample(prefix + ids[:body] + suffix, document.group)
-            rests.append((ids[body:], document.group))
-    while rests:
-        ids, group = rests.popleft()
-        if ids:
-            yield Sample(prefix + ids[:body] + suffix, group)
-            rests.append((ids[body:], group))
+    start, wanted = 0, body + 1
+    ids = _token_ids(tokenizer, document.text, wanted)
+    while ids[start:]:
+        yield Sample(prefix + ids[start : start + body] + suffix, document.group)
+        start += body
+        if len(ids) == wanted and len(ids) < start + body:
+            wanted = 2 * (start + body)
+            ids = _token_ids(tokenizer, document.text, wanted)
 
 
 def by_group(documents: Sequence[Document]) -> list[list[Document]]:

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from weaver.artifacts.dtypes import dtype_name
 from weaver.artifacts.manifest import CARD
-from weaver.artifacts.store import read_json, write_error
+from weaver.artifacts.store import read_error, read_json, write_error
 from weaver.errors import WeaverError, require_extra, shell
+from weaver.models.gguf_header import check_header
+from weaver.models.intake import check_fields, library_errors
 
 GGUF_MAGIC = b"GGUF"
 # What was dequantised, written into the folder so that another file is never mistaken for it.
@@ -56,11 +60,12 @@ def dequantise(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat
     """
     _check_magic(gguf_path)
     require_extra("gguf", "gguf", str(gguf_path))
+    tensors = _check_header(gguf_path)
     source = _source(gguf_path, dtype)
     if out_dir.exists() and not _is_empty_folder(out_dir):
         _check_existing(out_dir, source)
         return out_dir
-    model, tokenizer = _load(gguf_path, dtype)
+    model, tokenizer = _load(gguf_path, dtype, tensors)
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary)
@@ -107,6 +112,42 @@ def _check_magic(gguf_path: Path) -> None:
         )
 
 
+def _check_header(gguf_path: Path) -> dict[str, int]:
+    """Number of values of every tensor of a file whose header is sound."""
+    try:
+        return check_header(gguf_path)
+    except OSError as error:
+        raise read_error(gguf_path, error) from error
+    except ValueError as error:
+        raise WeaverError(
+            f"{gguf_path}: damaged header", why=str(error), fix="download the file again"
+        ) from error
+
+
+def _check_size(gguf_path: Path, config: PreTrainedConfig, tensors: Mapping[str, int]) -> None:
+    """The fields describe a model of as many layers as the file holds, and not a larger one."""
+    check_fields(gguf_path, config.to_dict())
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    if len(blocks) != config.num_hidden_layers:
+        raise _unlike(
+            gguf_path, f"{config.num_hidden_layers} layers", f"tensors of {len(blocks)} layers"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    needed, held = sum(each.numel() for each in model.parameters()), sum(tensors.values())
+    # Room for what a reader makes up itself; tensors that are missing are named when it has read.
+    if needed > 2 * held:
+        raise _unlike(gguf_path, f"{needed} parameters", f"{held} values")
+
+
+def _unlike(gguf_path: Path, described: str, held: str) -> WeaverError:
+    return WeaverError(
+        f"{gguf_path}: its fields describe a model of {described}",
+        why=f"the file holds {held}",
+        fix="download the file again",
+    )
+
+
 def _source(gguf_path: Path, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "file": gguf_path.name,
@@ -136,21 +177,28 @@ def _check_existing(out_dir: Path, source: dict[str, Any]) -> None:
         )
 
 
-def _load(gguf_path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    gguf_path: Path, dtype: torch.dtype, tensors: Mapping[str, int]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
-    try:
+    what = f"{gguf_path}: transformers {transformers.__version__} cannot load it"
+    fix = "download the file again if it is damaged, or use the model's safetensors release"
+    # Its annotations know nothing of the report.
+    loader: Any = AutoModelForCausalLM
+    with library_errors(what, fix):
         config = AutoConfig.from_pretrained(**where)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=dtype, **_dequantising_arguments()
+        _check_size(gguf_path, config, tensors)
+        loaded, report = loader.from_pretrained(
+            **where,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            **_dequantising_arguments(),
         )
+        missing = report["missing_keys"]
+        if missing:
+            raise _unlike(gguf_path, f"{min(missing)} and others", "no such tensors")
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    # The readers raise whatever their parsing trips over, so every kind means "cannot be loaded".
-    except Exception as error:
-        raise WeaverError(
-            f"{gguf_path}: transformers {transformers.__version__} cannot load it",
-            why=f"{type(error).__name__}: {error}",
-            fix="download the file again if it is damaged, or use the model's safetensors release",
-        ) from error
     return _plain_copy(loaded, dtype), tokenizer
 
 

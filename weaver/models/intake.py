@@ -139,7 +139,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         WeaverError: it is missing, damaged, or has a field that no model of its type can have.
     """
     values = _read_values(folder)
-    _check_fields(folder / "config.json", values)
+    check_fields(folder / "config.json", values)
     with library_errors(f"{folder}: {_NO_CONFIG}", _NAME_A_MODEL):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
@@ -147,7 +147,16 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         return config
 
 
-def _check_fields(path: Path, values: Mapping[str, Any]) -> None:
+def check_fields(path: Path, values: Mapping[str, Any]) -> None:
+    """Check the sizes and numbers of a configuration against what a model can have.
+
+    Args:
+        path: the file that they are from.
+        values: its fields.
+
+    Raises:
+        WeaverError: naming the field.
+    """
     for name, limit in LIMITS.items():
         value = values.get(name)
         # A model of embeddings alone can be run, though not converted.

@@ -9,12 +9,13 @@ from huggingface_hub import snapshot_download
 from weaver.artifacts.cache import cache_folder
 from weaver.artifacts.store import file_digest, read_json
 from weaver.config.sections import ModelConfig
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 from weaver.models.gguf import dequantise
 from weaver.models.intake import check_links, inside
 
 # README.md is the model card, which names the licence.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # The same weights once more, in the layout of the vendor's own code.
 _HUB_DUPLICATES = ["consolidated*", "original/*"]
 
@@ -75,12 +76,24 @@ def weight_files(folder: Path) -> list[Path]:
         return [inside(folder, name) for name in _indexed_names(index)]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise WeaverError(
-            f"{folder}: no *.safetensors file",
-            why="weaver reads safetensors only; pickle files can run code",
-            fix="convert it once: AutoModelForCausalLM.from_pretrained(...).save_pretrained()",
-        )
+        raise _no_weights(folder)
     return files
+
+
+def _no_weights(folder: Path) -> WeaverError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    held = f"; its weights lie in {', '.join(pickles[:4])}" if pickles else ""
+    code = (
+        "import sys, transformers as t; "
+        "t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])"
+    )
+    return WeaverError(
+        f"{folder}: no *.safetensors file{held}",
+        why="weaver reads safetensors only: pickle files can run code when they are opened",
+        fix=f"{shell('python', '-c', code, folder)}, if you trust them"
+        if pickles
+        else "fetch the model's *.safetensors files",
+    )
 
 
 def _indexed_names(index: Path) -> list[str]:

@@ -77,6 +77,11 @@ def copy_companions(source: Path, target: Path) -> None:
             copy_file(inside(source, name), target / name)
 
 
+def weights_bytes(folder: Path) -> int:
+    """Bytes of a model folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB or 500MB (powers of ten; GiB and MiB are powers of two).
 

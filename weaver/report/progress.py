@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from weaver.report.tables import format_seconds
-from weaver.report.terminal import make_console
+from weaver.report.terminal import make_console, printable
 
 # In a log, at most one line in this many seconds, and one at the end.
 LOG_SECONDS = 10.0
@@ -79,11 +79,13 @@ def _bar(console: Console, description: str, total: int, done: int) -> Iterator[
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    # What is live goes around the console's hook.
+    description = printable(description)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done)
 
         def advance(unit: str) -> None:
-            progress.update(task, advance=1, description=f"{description}: {unit}")
+            progress.update(task, advance=1, description=printable(f"{description}: {unit}"))
 
         yield advance
         progress.update(task, description=description)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from weaver.artifacts.store import atomic_path, write_error
+from weaver.artifacts.store import write_error
 from weaver.errors import WeaverError
 
 
@@ -21,9 +21,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_path(run_dir / ".writable") as probe:
-            probe.touch()
-        (run_dir / ".writable").unlink(missing_ok=True)
+        # One name, so that the next command removes what a killed one left.
+        probe = run_dir / ".writable"
+        probe.unlink(missing_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
         lock = FileLock(run_dir / ".lock", blocking=False)
         lock.acquire()
     except Timeout as error:

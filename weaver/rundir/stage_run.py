@@ -41,6 +41,7 @@ from weaver.artifacts.store import (
 from weaver.artifacts.summaries import Summary
 from weaver.errors import WeaverError, shell
 from weaver.models.device import CPU
+from weaver.rundir.free_disk import require_disk
 from weaver.rundir.stage_folders import (
     STAGE_FOLDERS,
     check_outputs,
@@ -231,14 +232,19 @@ class StageRun:
             self.folder = _new(self.final)
             self.status = _forced(self.folder, request, self.command)
 
-    def begin(self) -> None:
+    def begin(self, disk: int = 0) -> None:
         """Make the folder and note what is being made in it.
+
+        Args:
+            disk: bytes that the stage writes, at least.
 
         Raises:
             WouldRun: this is a dry run.
+            WeaverError: the disk has no room for it.
         """
         if self.context.dry_run:
             raise WouldRun(self.status)
+        require_disk(self.folder, disk)
         if self.status == "run":
             _clear(self.folder)
             write_json(self.folder / REQUEST, self.request.model_dump(mode="json"))

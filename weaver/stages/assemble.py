@@ -67,7 +67,6 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
     run = StageRun(context, request, partition.calibration.identity, dtype_text)
     if run.status == "skip":
         return run.skipped()
-    run.begin()
     routers = context.folder("build-router")
     layouts = [partition.layout(site) for site in range(checkpoint.num_sites)]
 
@@ -81,6 +80,7 @@ def assemble(context: StageContext, config: AssembleConfig) -> StageManifest:
 
     shapes = [_shape(checkpoint, routers, site, layout) for site, layout in enumerate(layouts)]
     parts = converted_parts(checkpoint, shapes, ffn_tensors, dtype)
+    run.begin(disk=sum(part.size for part in parts))
     with context.progress(STAGE, len(plan_shards(parts, limit))) as advance:
         write_shards(run.folder, parts, limit, advance)
     recipe = _recipe(partition, router_manifest, request)

@@ -14,7 +14,8 @@ from weaver.artifacts.sensitivities import Sensitivities
 from weaver.artifacts.store import read_record, values_digest, write_record
 from weaver.artifacts.summaries import CalibratedFfn, CalibrateSummary
 from weaver.artifacts.types import FIRST_TOKENS, LayerProfile
-from weaver.config.sections import CalibrateConfig, ModelConfig
+from weaver.config.loading import RunConfig
+from weaver.config.sections import CalibrateConfig, ModelConfig, PartitionConfig, RouterConfig
 from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
 from weaver.conversion.sensitivities import measure_sensitivities, spread_windows
 from weaver.data.grouping import GroupWindows, pack_groups
@@ -28,11 +29,18 @@ from weaver.models.stream import DecoderStream, DenseFfn, layer_ffns
 from weaver.models.two_level import RoutingObserver
 from weaver.rundir.inputs import HELD_OUT_FILE, SENSITIVITY_FILE, TOKENS_FILE
 from weaver.rundir.stage_run import StageContext, StageRun
+from weaver.stages.estimate import estimate
 
 STAGE = "calibrate"
 
 
-def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig) -> StageManifest:
+def calibrate(
+    context: StageContext,
+    model: ModelConfig,
+    config: CalibrateConfig,
+    *,
+    conversion: RunConfig | None = None,
+) -> StageManifest:
     """Write one ``LayerProfile`` per FFN, and the packed tokens they were made from.
 
     Of a dense model these are its layers. In a model that is a Mixture of Experts already every
@@ -42,9 +50,11 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
         context: run directory, seed, progress.
         model: the dense model.
         config: text, number of tokens, statistics.
+        conversion: what follows; the disk has to have room for it too.
 
     Raises:
-        WeaverError: no such model or data, too little text, or a folder with another result.
+        WeaverError: no such model or data, too little text or disk, or a folder with another
+            result.
     """
     checkpoint = Checkpoint(model, context.device)
     dtype = checkpoint.resolve_dtype(model.dtype)
@@ -71,7 +81,7 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
     run = StageRun(context, request, identity, request.config["dtype"])
     if run.status == "skip":
         return run.skipped()
-    run.begin()
+    run.begin(disk=_least_disk(model, config, checkpoint, conversion))
     write_record(run.folder / TOKENS_FILE, packed)
     if held_out is not None:
         write_record(run.folder / HELD_OUT_FILE, held_out)
@@ -93,6 +103,21 @@ def calibrate(context: StageContext, model: ModelConfig, config: CalibrateConfig
             advance(f"layer {layer}")
     stream.discard()
     return run.finish(_summary(checkpoint, packed, run))
+
+
+def _least_disk(
+    model: ModelConfig,
+    config: CalibrateConfig,
+    checkpoint: Checkpoint,
+    conversion: RunConfig | None,
+) -> int:
+    """Bytes that are written in any case: the estimates are right within their half and a fifth."""
+    if conversion is not None:
+        needs = estimate(conversion, checkpoint)
+        return needs["calibrate"].disk // 2 + needs["assemble"].disk * 4 // 5
+    plain = PartitionConfig(sequential=False), RouterConfig(refit=False)
+    alone = RunConfig(model=model, calibrate=config, partition=plain[0], router=plain[1])
+    return estimate(alone, checkpoint)["calibrate"].disk // 2
 
 
 def _sensitivities(

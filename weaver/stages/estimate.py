@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from weaver.models.checkpoint import Checkpoint
 from weaver.models.output_head import CPU_LOGIT_BYTES
 from weaver.models.stream import BATCH_TOKENS, SPILL_BYTES
 from weaver.report.tables import format_bytes
+from weaver.rundir.free_disk import free_disk
 
 # Python, torch, transformers and a tokenizer, resident before any model is read.
 PROCESS_BYTES = 540 * 2**20
@@ -61,14 +61,12 @@ def shortages(needs: Mapping[str, Needs], run_dir: Path) -> list[str]:
         needs: from ``estimate``.
         run_dir: the run directory, which need not be there.
     """
-    memory, folder = available_memory(), run_dir.resolve()
-    while not folder.exists():
-        folder = folder.parent
+    memory = available_memory()
     checks = [(f"memory for {stage}", each.memory, memory) for stage, each in needs.items()]
     disk = sum(each.disk for each in needs.values())
     return [
         f"{what}: {format_bytes(need)} needed, {format_bytes(free)} free"
-        for what, need, free in (*checks, ("disk", disk, shutil.disk_usage(folder).free))
+        for what, need, free in (*checks, ("disk", disk, free_disk(run_dir)))
         if need > free
     ]
 

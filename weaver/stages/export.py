@@ -30,6 +30,7 @@ from weaver.models.writing import (
     parse_size,
     plan_shards,
     save_config,
+    weights_bytes,
     write_shards,
 )
 from weaver.report.loading import gguf_loading, remote_code_loading, stock_loading
@@ -134,7 +135,7 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
         return run.skipped()
     # Whatever refuses the model does so before an earlier export is thrown away.
     stock = None if plan.target == OWN else _stock_model(context, plan)
-    run.begin()
+    run.begin(disk=_least_disk(plan))
     if stock is None:
         loading, facts = _write_own(context, plan, run.folder)
     else:
@@ -159,6 +160,12 @@ def export(context: StageContext, plan: ExportPlan) -> StageManifest:
         cost = verify(context, run.folder, COST, finished=False)
         summary = summary.model_copy(update={"cost": cost})
     return run.finish(summary)
+
+
+def _least_disk(plan: ExportPlan) -> int:
+    """Bytes that are written in any case: of a GGUF file 4 bits of every weight."""
+    values = weights_bytes(plan.converted.folder) // plan.checkpoint.dtype.itemsize
+    return values // 2 if plan.target == GGUF else values * plan.dtype.itemsize * 4 // 5
 
 
 def _check_options(target: str, config: ExportConfig) -> None:

@@ -23,7 +23,14 @@ from weaver.errors import WeaverError, require_extra, shell
 from weaver.kernels.machine import cpu_features
 from weaver.models.device import CPU
 from weaver.models.intake import check_windows, read_config
-from weaver.models.writing import Part, copy_companions, parse_size, save_config, write_shards
+from weaver.models.writing import (
+    Part,
+    copy_companions,
+    parse_size,
+    save_config,
+    weights_bytes,
+    write_shards,
+)
 from weaver.report.tracking import check_tracker, tracking
 from weaver.rundir.converted_model import ConvertedModel, open_converted
 from weaver.rundir.stage_run import StageContext, StageRun
@@ -100,7 +107,7 @@ def finetune(
         job.train(context, run.folder, lambda _values, _step: None)
         workers.wait()  # for the manifest
         return run.skipped()
-    run.begin()
+    run.begin(disk=weights_bytes(converted.folder))
     try:
         with tracking(report_to, context.run_dir.name, _logs(context), request.config) as log:
             model, report = job.train(context, run.folder, log)

@@ -15,7 +15,7 @@ from weaver.artifacts.types import ExpertLayout, LayerProfile
 from weaver.config.sections import PartitionConfig, RouterConfig
 from weaver.conversion.domain_affinity import affinity_summary, mine_affinity, require_groups
 from weaver.conversion.layer_budgets import Budget, allocate
-from weaver.conversion.partition_settings import resolve_settings
+from weaver.conversion.partition_settings import PartitionSettings, resolve_settings
 from weaver.conversion.profiling import ExpertInputs, Profiler, ResumableStream
 from weaver.conversion.routing import (
     read_routed,
@@ -32,6 +32,7 @@ from weaver.models.stream import DecoderStream, layer_ffns
 from weaver.rundir.inputs import (
     PROFILE_FOLDER,
     ROUTER_FOLDER,
+    Calibration,
     open_calibration,
     read_packed_tokens,
     read_sensitivities,
@@ -83,7 +84,7 @@ def partition(
     splitter = LayerSplitter(calibration, settings, context.seed)
     if settings.spec.prunes_groups:
         require_groups(calibration, settings.spec.name, splitter.num_experts)
-    run.begin()
+    run.begin(disk=_least_disk(settings, calibration))
     affinity = None
     if isinstance(settings.options, GroupOptions):
         affinity = mine_affinity(context, run, splitter, settings.options.affinity_windows)
@@ -92,6 +93,13 @@ def partition(
     split_all = _split_sequentially if settings.config.sequential else _split_one_shot
     split_all(context, run, splitter, budget)
     return run.finish(_summary(run, splitter, budget, affinity))
+
+
+def _least_disk(settings: PartitionSettings, calibration: Calibration) -> int:
+    """Bytes that are written in any case: layer by layer, profiles are made once more."""
+    again = settings.config.sequential
+    sites = range(calibration.checkpoint.num_sites if again else 0)
+    return sum(layer_path(calibration.folder, site).stat().st_size for site in sites)
 
 
 def _split_one_shot(

@@ -48,7 +48,9 @@ def stage_calls(config: RunConfig, calibration: Path | None = None) -> dict[str,
     """
     calls: dict[str, StageCall] = {}
     if calibration is None:
-        calls["calibrate"] = lambda context: calibrate(context, config.model, config.calibrate)
+        calls["calibrate"] = lambda context: calibrate(
+            context, config.model, config.calibrate, conversion=config
+        )
     calls["partition"] = lambda context: partition(
         context, config.partition, config.router, calibration
     )

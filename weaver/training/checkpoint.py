@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weaver.artifacts.store import read_tensors, write_tensors
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 from weaver.training.guard import Evaluation, prune_best
+from weaver.training.sealed import read_sealed, write_sealed
 from weaver.training.sharding import divided_like, whole
 
 _PATTERN = "step-*.safetensors"
@@ -175,7 +175,7 @@ def save_checkpoint(
     """
     path = folder / f"step-{progress.step:08d}.safetensors"
     tensors = {**state, "losses": torch.tensor(progress.losses, dtype=torch.float64, device="cpu")}
-    write_tensors(path, tensors, {"settings": dict(settings), **progress.metadata()})
+    write_sealed(path, tensors, {"settings": dict(settings), **progress.metadata()})
     for other in folder.glob(_PATTERN):
         if other != path:
             other.unlink()
@@ -192,7 +192,7 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> TrainingCheckp
     if not paths:
         return None
     path = paths[-1]
-    tensors, metadata = read_tensors(path, rebuild=_start_again(path))
+    tensors, metadata = read_sealed(path, rebuild=_start_again(path))
     _check_settings(path, metadata.get("settings", {}), settings)
     losses = tensors.pop("losses", None)
     try:
@@ -226,7 +226,7 @@ def windows_digest(windows_WT: Tensor) -> str:
 
 
 def _start_again(path: Path) -> str:
-    return f"delete {path} and rerun the same command: it then starts at step 0"
+    return f"delete {shell(path)} and rerun the same command: it then starts at step 0"
 
 
 def _unfit(path: Path, error: Exception) -> WeaverError:
@@ -245,7 +245,7 @@ def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, A
         raise WeaverError(
             f"{path}: written with other settings ({changes})",
             why="a resumed training must equal an undisturbed one",
-            fix=f"restore the settings, or delete {path} to start at step 0",
+            fix=f"restore the settings, or delete {shell(path)} to start at step 0",
         )
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from weaver.artifacts.store import read_tensors, write_tensors
 from weaver.errors import WeaverError, shell
+from weaver.training.sealed import read_sealed, write_sealed
 
 _PATTERN = "best-*.safetensors"
 
@@ -94,7 +94,7 @@ def save_best(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
     Raises:
         WeaverError: the folder cannot be written.
     """
-    write_tensors(best_path(folder, step), tensors, {"step": step})
+    write_sealed(best_path(folder, step), tensors, {"step": step})
 
 
 def load_best(folder: Path, step: int) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def load_best(folder: Path, step: int) -> dict[str, Tensor]:
     path = best_path(folder, step)
     fix = f"{shell('rm', '-r', folder)}, then rerun the same command: it starts at step 0"
     try:
-        return read_tensors(path, rebuild=fix)[0]
+        return read_sealed(path, rebuild=fix)[0]
     except WeaverError as error:
         raise WeaverError(
             error.what, why="the best weights lie there while the training runs", fix=fix
