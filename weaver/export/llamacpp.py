@@ -81,6 +81,9 @@ def tokenise(gguf: Path, texts: Sequence[str]) -> list[list[int]]:
     host = server.listening_address.removeprefix("http://")
     connection = http.client.HTTPConnection(host)
     headers = {"Authorization": f"Bearer {_KEY}"}
+    # A server that goes before its loop began waits for it forever, and /tokenize needs no loop.
+    connection.request("GET", "/slots", headers=headers)
+    connection.getresponse().read()
     ids: list[list[int]] = []
     for text in texts:
         body = json.dumps({"content": text, "add_special": False, "parse_special": True})
