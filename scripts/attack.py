@@ -48,7 +48,7 @@ class Found:
         sent: signals by "COMMAND SIGNAL".
         rooms: commands without room by "FORM OUTCOME".
         repeats: by method whether the digest of each stage is the same again, and with two threads.
-        rounds: number of rounds.
+        rounds: how many of them, by "METHOD: FORM".
         wrong: what went wrong, a sentence each.
     """
 
@@ -57,7 +57,7 @@ class Found:
     sent: Counts = field(default_factory=Counts)
     rooms: Counts = field(default_factory=Counts)
     repeats: dict[str, dict[str, tuple[bool, bool]]] = field(default_factory=dict)
-    rounds: int = 0
+    rounds: Counts = field(default_factory=Counts)
     wrong: list[str] = field(default_factory=list)
 
     def note(self, result: str) -> None:
@@ -132,7 +132,7 @@ def rounds(model: Path, folder: Path, worker: int, end: float, found: Found) -> 
         round_ = Round.make(number, model, folder / str(number))
         sent, result = stopped(round_, KILLS)
         found.sent += sent
-        found.rounds += 1
+        found.rounds[f"{round_.method}: {round_.form}"] += 1
         found.note(result)
         if result == "clean" and number < len(METHODS):
             found.repeats[round_.method] = repeated(round_)
