@@ -33,9 +33,11 @@ from weaver.rundir.stage_folders import check_contents
 
 DOCUMENT = Path("docs/reliability.md")
 # Inputs, after which the rest of the time goes to commands; the share of it that they may take.
-INPUTS, INPUTS_SHARE = 12_000, 0.5
-FLIPS, KILLS = 500, 4
+INPUTS, INPUTS_SHARE = 11_000, 0.5
+FLIPS, KILLS = 500, 6
 WORKERS = 2
+# Rounds that are run without room too; the stock method's exports are among them.
+ROOMS = range(list(METHODS).index(STOCK) + 1)
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Found:
         sent: signals by "COMMAND SIGNAL".
         rooms: commands without room by "FORM OUTCOME".
         repeats: by method whether the digest of each stage is the same again, and with two threads.
-        rounds: number of rounds.
+        rounds: how many of them, by "METHOD: FORM".
         wrong: what went wrong, a sentence each.
     """
 
@@ -57,7 +59,7 @@ class Found:
     sent: Counts = field(default_factory=Counts)
     rooms: Counts = field(default_factory=Counts)
     repeats: dict[str, dict[str, tuple[bool, bool]]] = field(default_factory=dict)
-    rounds: int = 0
+    rounds: Counts = field(default_factory=Counts)
     wrong: list[str] = field(default_factory=list)
 
     def note(self, result: str) -> None:
@@ -125,18 +127,18 @@ def corruptions(run_dir: Path, flips: int, found: Found) -> None:
 def rounds(model: Path, folder: Path, worker: int, end: float, found: Found) -> None:
     """Stop commands round by round until time is up.
 
-    The first rounds of every method are repeated too, and the first of a worker run without room.
+    The first round of every method is repeated too, and some are run without room.
     """
     number = worker
     while time.monotonic() < end:
         round_ = Round.make(number, model, folder / str(number))
         sent, result = stopped(round_, KILLS)
         found.sent += sent
-        found.rounds += 1
+        found.rounds[f"{round_.method}: {round_.form}"] += 1
         found.note(result)
         if result == "clean" and number < len(METHODS):
             found.repeats[round_.method] = repeated(round_)
-        if result == "clean" and number < 2 * WORKERS:
+        if result == "clean" and number in ROOMS:
             for form in ("full", "read-only"):
                 counts, result = without_room(round_, form)
                 found.rooms += counts

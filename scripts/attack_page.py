@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from attack_stops import Counts
+from attack_stops import FORMS, Counts
 
 from weaver.report.tables import markdown_table
 
@@ -38,12 +38,13 @@ every later stage checks what it reads.
 {_flips(found.flips)}
 ## Kills and signals
 
-{found.rounds} rounds, methods and forms in turn: every stage and export as a command of its own,
-the same with `--force` over a finished run, or the stages as one `run`. Each command is stopped at
-random moments between its start and its usual end, some times, and then run to its end. A round is
+{found.rounds.total()} rounds, in which every command is stopped at random moments between its start
+and its usual end, and then run to its end: stages and exports as commands of their own (*stages*),
+the same with `--force` over a finished run (*stages, forced*), the stages as one `run`. A round is
 clean if its digests are those of an undisturbed one, nothing is left over, and no traceback was
 printed.
 
+{_rounds(found.rounds)}
 {_stops(found.sent)}
 ## No room
 
@@ -53,9 +54,10 @@ read-only or belongs to somebody else; then again with room, for the digests of 
 {_rooms(found.rooms)}
 ## Same inputs, same digests
 
-Every stage and export is made again from the beginning, on one thread and on two. `bench` holds
-times and is left out. The same digests are promised for the same number of threads, not for another
-one, which adds numbers up in another order.
+Every stage and export is made again from the beginning, on one thread and on two, for
+{_names(found.repeats)}.
+`bench` holds times and is left out. The same digests are promised for the same number of threads,
+not for another one, which adds numbers up in another order.
 
 {_repeats(found.repeats)}
 ## What went wrong
@@ -86,6 +88,16 @@ def _flips(flips: Mapping[str, Counts]) -> str:
     total = [sum(int(row[column]) for row in rows) for column in range(1, 4)]
     headers = ("artifact", "flips", "named and refused", "accepted or misnamed")
     return markdown_table(headers, [*rows, ("all", *total)])
+
+
+def _rounds(rounds: Counts) -> str:
+    methods = dict.fromkeys(key.partition(": ")[0] for key in rounds)
+    rows = [(f"`{m}`", *(rounds[f"{m}: {form}"] for form in FORMS)) for m in methods]
+    return markdown_table(("method: rounds", *FORMS), rows)
+
+
+def _names(methods: Iterable[str]) -> str:
+    return ", ".join(f"`{method}`" for method in methods) or "no method"
 
 
 def _stops(sent: Counts) -> str:

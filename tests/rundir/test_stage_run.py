@@ -336,6 +336,26 @@ def test_a_process_killed_before_it_holds_the_lock_leaves_nothing_for_long(
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("name", [".lock", ".writable"])
+def test_nothing_is_written_through_a_link_in_the_run_directory(name: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    run_dir = tmp_path / "a run"
+    run_dir.mkdir()
+    (run_dir / name).symlink_to(victim)
+    if name == ".lock":
+        with (
+            pytest.raises(WeaverError, match=r"\.lock: is a symbolic link") as error,
+            locked(run_dir),
+        ):
+            pass
+        assert error.value.fix == f"rm '{run_dir / name}'"
+        (run_dir / name).unlink()
+    with locked(run_dir):
+        pass
+    assert victim.read_text() == "precious"
+
+
 def test_inspect_tells_complete_unfinished_and_damaged_apart(
     run_dir: Path, tiny_llama: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from weaver.artifacts.store import write_error
-from weaver.errors import WeaverError
+from weaver.errors import WeaverError, shell
 
 
 @contextmanager
@@ -26,6 +26,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         probe.unlink(missing_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)
+        _check_no_link(run_dir / ".lock")
         lock = FileLock(run_dir / ".lock", blocking=False)
         lock.acquire()
     except Timeout as error:
@@ -40,3 +41,13 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_no_link(path: Path) -> None:
+    """Locking opens the file for writing: through a link that would be another one."""
+    if path.is_symlink():
+        raise WeaverError(
+            f"{path}: is a symbolic link",
+            why="weaver makes this file itself, and writes through no link",
+            fix=shell("rm", path),
+        )
