@@ -17,6 +17,7 @@ from tiny_runs import fork_weaver, run_config, run_stages, run_values, start_wea
 from typer.testing import CliRunner
 
 import weaver.cli.app
+from weaver.cli.app import main
 from weaver.cli.session import is_follower
 from weaver.report.terminal import make_console
 from weaver.rundir.lock import locked
@@ -152,3 +153,16 @@ def test_a_killed_process_leaves_no_lock(tiny_llama: Path, tmp_path: Path) -> No
     assert precious.read_text() == "years of work"
     assert os.path.islink(tmp_path / "run" / ".lock")
     assert "is a symbolic link" in (tmp_path / "log").read_text()
+
+
+def test_ctrl_c_while_commands_are_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weaver.cli.app.app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted before anything was begun\n"

@@ -187,6 +187,10 @@ def main() -> None:
     """Entry point of the ``weaver`` command."""
     try:
         app(prog_name="weaver", standalone_mode=True)
+    except KeyboardInterrupt:
+        # While typer builds the commands: a command handles its own interruption.
+        print("interrupted before anything was begun", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         _output_failed(error)
     finally:
