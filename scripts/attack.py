@@ -42,7 +42,7 @@ ROOMS = range(list(METHODS).index(STOCK) + 1)
 
 @dataclass
 class Found:
-    """What an attack found.
+    """Counts of one attack, and the cases that went wrong.
 
     Args:
         inputs: outcomes of malformed inputs by kind.

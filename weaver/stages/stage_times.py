@@ -44,7 +44,7 @@ class ExpectedTime:
 
 @dataclass(frozen=True)
 class _Work:
-    """What decides a stage's time: what is computed, how, and how much of it.
+    """Kind, dtype and amount of a stage's computation, which decide its time.
 
     Args:
         kind: the method of a partition; "" of other stages.
