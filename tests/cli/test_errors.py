@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import typer
 from tiny_runs import (
     file_size_limit,
     file_times,
+    limit_file_size,
     run_config,
     run_stages,
     run_values,
@@ -316,8 +318,8 @@ def test_a_full_disk_and_then_room_again(tiny_llama: Path, tmp_path: Path) -> No
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", run_values(tiny_llama))
 
-    with file_size_limit(40_000):
-        full = run_weaver("run", config, "--run-dir", run_dir)
+    small = partial(limit_file_size, 40_000)
+    full = run_weaver("run", config, "--run-dir", run_dir, prepare=small)
     _check_one_error(full, "layer_000.safetensors: cannot be written")
     assert not list(run_dir.rglob(".*tmp*"))
 

@@ -21,11 +21,11 @@ from byte_tokenizer import byte_tokenizer
 from tiny_models import save_tiny_model
 from tiny_runs import (
     file_times,
+    finished,
     fork_weaver,
     run_values,
     run_weaver,
     stage_digests,
-    start_weaver,
     write_config,
 )
 
@@ -152,16 +152,18 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_the_finished_layers(
     config: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    with start_weaver("run", config, "--run-dir", run_dir) as process:
-        moment = partial(KILLS["partition"], run_dir)
-        _stop_at(process.pid, lambda: process.poll() is None, moment, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+    errors = tmp_path / "errors"
+    process = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir, errors=errors)
+    assert process.pid is not None
+    moment = partial(KILLS["partition"], run_dir)
+    _stop_at(process.pid, process.is_alive, moment, signal.SIGINT)
+    code, err = finished(process), errors.read_text()
     layers = _finished_layers(run_dir)
 
-    rerun = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
-    rerun.join(DEADLINE_SECONDS)
+    again = fork_weaver(tmp_path / "log", "run", config, "--run-dir", run_dir)
 
-    assert process.returncode == 130
+    assert finished(again) == 0, (tmp_path / "log").read_text()
+    assert code == 130
     assert [line.split(":")[0].strip() for line in err.strip().splitlines()[-3:]] == [
         "error",
         "why",
@@ -170,7 +172,6 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_the_finished_layers(
     assert "interrupted" in err
     assert "Traceback" not in err
     assert {"calibrate/layer_007.safetensors", "partition/layer_001.safetensors"} <= layers.keys()
-    assert rerun.exitcode == 0, (tmp_path / "log").read_text()
     assert layers.items() <= file_times(run_dir).items()
     assert stage_digests(run_dir) == undisturbed
 

@@ -1,24 +1,36 @@
-"""Fine-tuning in two processes equals fine-tuning in one."""
+"""Fine-tuning in two processes equals fine-tuning in one.
+
+torchrun starts one pair of them; the others have the variables that it sets, and are forked.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from tiny_runs import run_config, run_stages, run_values, write_config
+from tiny_runs import (
+    finished,
+    fork_weaver,
+    run_config,
+    run_stages,
+    run_values,
+    run_weaver,
+    write_config,
+)
 from transformers import AutoModelForCausalLM
 
 from weaver.config.loading import RunConfig, parse_config
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHORT = {"batch_size": 3, "sequence_length": 64, "warmup_steps": 1, "steps": 6}
 GUARD = {"eval_windows": 2, "eval_sequence_length": 64, "evaluate_every": 3}
 FINETUNE = {**SHORT, **GUARD, "objective": "distill", "learning_rate": 1e-3, "precision": "float32"}
@@ -41,21 +53,44 @@ def runs(tiny_llama: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
     return write_config(tmp_path / "run.yaml", values), first, second
 
 
-def command(config: Path, run_dir: Path, launcher: tuple[str, ...] = ()) -> list[str]:
-    words = (*launcher, "-m", "weaver", "finetune", "--config", str(config))
-    return [sys.executable, *words, "--run-dir", str(run_dir)]
+def command(config: Path, run_dir: Path) -> list[str]:
+    return ["finetune", "--config", str(config), "--run-dir", str(run_dir)]
 
 
-def finetune(config: Path, run_dir: Path, launcher: tuple[str, ...] = (), *words: str) -> str:
-    done = subprocess.run(
-        [*command(config, run_dir, launcher), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def finetune(config: Path, run_dir: Path, *words: str) -> str:
+    done = run_weaver(*command(config, run_dir), *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def start_pair(run_dir: Path, *words: str) -> list[BaseProcess]:
+    """Two processes of one training; what they print is in ``RUN_DIR.log`` and a number."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        fork_weaver(
+            log_of(run_dir, rank),
+            *words,
+            threads=1,
+            environment={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def log_of(run_dir: Path, rank: int) -> Path:
+    return run_dir.with_suffix(f".log{rank}")
+
+
+def finetune_in_two(config: Path, run_dir: Path, *words: str) -> str:
+    """What two processes print together."""
+    codes = [finished(each) for each in start_pair(run_dir, *command(config, run_dir), *words)]
+    shown = "".join(log_of(run_dir, rank).read_text() for rank in range(2))
+    assert codes == [0, 0], shown
+    return shown
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -72,13 +107,20 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_are_one(runs: tuple[Path, Path, Path]) -> None:
     config, first, second = runs
     finetune(config, first)
-    shown = finetune(config, second, TWO)
-    assert shown.count("held-out perplexity") == 3  # the other process says nothing
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "weaver", *command(config, second)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out perplexity") == 3  # the other process says nothing
     assert len(set(summary(first)["losses"])) == 6
     assert_equal_within_rounding(first, second)
 
     together = summary(second)
-    assert "held-out perplexity" not in finetune(config, second, TWO)
+    assert "held-out perplexity" not in finetune_in_two(config, second)
     assert summary(second) == together
 
 
@@ -91,7 +133,7 @@ def test_divided_weights_are_whole_ones(
     settings = {**GUARD, "best_by": "perplexity", "precision": "float32", "phases": phases}
     config = write_config(tmp_path / "phases.yaml", run_values(tiny_llama, finetune=settings))
     finetune(config, first)
-    finetune(config, second, TWO, "--shard")
+    finetune_in_two(config, second, "--shard")
     assert len(summary(first)["losses"]) == 9
     assert summary(first)["best_step"] > 3  # of a phase that began with what another had trained
     assert_equal_within_rounding(first, second)
@@ -121,7 +163,7 @@ def test_divided_routers_learn_as_whole_ones(tiny_llama: Path, tmp_path: Path) -
     values["finetune"] = {**GUARD, "precision": "float32", "phases": phases}
     config = write_config(tmp_path / "phases.yaml", values)
     finetune(config, first)
-    finetune(config, second, TWO, "--shard")
+    finetune_in_two(config, second, "--shard")
     assert len(set(summary(first)["losses"])) == 6
     assert_equal_within_rounding(first, second)
 
@@ -130,26 +172,21 @@ def test_divided_routers_learn_as_whole_ones(tiny_llama: Path, tmp_path: Path) -
 @pytest.mark.parametrize("words", [(), ("--shard",)], ids=["whole", "divided"])
 def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path], words: tuple[str, ...]) -> None:
     config, first, second = runs
-    finetune(config, first, TWO, *words)
-    process = subprocess.Popen(
-        [*command(config, second, TWO), *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    finetune_in_two(config, first, *words)
+    pair = start_pair(second, *command(config, second), *words)
     checkpoints = second / "finetune" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step-*.safetensors")):
-        assert process.poll() is None, "the training ended before its first checkpoint was seen"
+        assert pair[0].is_alive(), "the training ended before its first checkpoint was seen"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    # The launcher starts each worker in a session of its own.
-    launcher = psutil.Process(process.pid)
-    for each in [launcher, *launcher.children(recursive=True)]:
+    for each in pair:
         each.kill()
-    process.wait()
+    for each in pair:
+        each.join()
     assert not (second / "finetune" / "manifest.json").exists()
 
-    finetune(config, second, TWO, *words)
+    finetune_in_two(config, second, *words)
     assert summary(second)["resumed_from"] >= 2
     assert summary(second)["losses"] == summary(first)["losses"]
     expected, found = weights(first), weights(second)
@@ -158,13 +195,9 @@ def test_two_killed_processes_go_on(runs: tuple[Path, Path, Path], words: tuple[
 
 def test_a_batch_smaller_than_the_processes(runs: tuple[Path, Path, Path]) -> None:
     config, first, _ = runs
-    done = subprocess.run(
-        [*command(config, first, TWO), "--set", "finetune.batch_size=1"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("batch_size=1 for 2 processes") == 1
-    assert "--batch-size 2" in done.stderr
+    pair = start_pair(first, *command(config, first), "--set", "finetune.batch_size=1")
+    assert [finished(each) for each in pair] == [1, 1]
+    said = log_of(first, 0).read_text()
+    assert "batch_size=1 for 2 processes" in said
+    assert "--batch-size 2" in said
+    assert log_of(first, 1).read_text() == ""

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -106,11 +107,17 @@ def file_times(folder: Path) -> dict[str, int]:
     }
 
 
+def limit_file_size(size: int) -> None:
+    """No file may grow above a number of bytes, in this process to its end."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow above a number of bytes, here and in processes started here."""
+    """No file may grow above a number of bytes in this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    limit_file_size(size)
     try:
         yield
     finally:
@@ -122,7 +129,7 @@ def start_weaver(*arguments: str | Path) -> subprocess.Popen[str]:
     threads = str(torch.get_num_threads())
     return subprocess.Popen(
         [sys.executable, "-m", "weaver", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"},
+        env={**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -131,49 +138,81 @@ def start_weaver(*arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def run_weaver(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
-    with start_weaver(*arguments) as process:
-        out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 # Forks of a process that has imported torch start in no time; each is a process of its own.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["weaver.cli.app", "weaver.stages.pipeline", "accelerate", "tiny_models"]
+    ["without_network", "weaver.cli.app", "weaver.stages.pipeline", "accelerate", "tiny_models"]
 )
 
 
 def fork_weaver(
     log: Path,
     *arguments: str | Path,
+    errors: Path | None = None,
     threads: int | None = None,
+    environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> multiprocessing.process.BaseProcess:
-    """Start the program in a process of its own; what it prints goes to a file.
+    """Start the program in a process of its own, without a network.
 
     Args:
-        log: the file.
+        log: file of what it prints.
         arguments: of the program.
+        errors: file of what it prints to standard error; ``log`` by default.
         threads: of torch; by default as many as here.
+        environment: variables that it has beside those of this process.
         prepare: is called there before the program starts.
     """
     words = [str(argument) for argument in arguments]
     count = threads or torch.get_num_threads()
-    process = _FORKS.Process(target=_weaver_main, args=(words, log, count, prepare))
+    start = partial(_prepared, {**os.environ, **(environment or {})}, Path.cwd(), count, prepare)
+    process = _FORKS.Process(target=_weaver_main, args=(words, (log, errors), start))
     process.start()
     return process
 
 
-def _weaver_main(
-    arguments: list[str], log: Path, threads: int, prepare: Callable[[], None] | None
+def _prepared(
+    environment: dict[str, str], folder: Path, threads: int, prepare: Callable[[], None] | None
 ) -> None:
-    with log.open("w") as output:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
     torch.set_num_threads(threads)
     if prepare is not None:
         prepare()
+
+
+def _weaver_main(
+    arguments: list[str], files: tuple[Path, Path | None], start: Callable[[], None]
+) -> None:
+    log, errors = files
+    for stream, file in ((sys.stdout, log), (sys.stderr, errors)):
+        # Both streams of one file have one place in it.
+        target = sys.stdout.fileno() if file is None else os.open(file, _NEW_FILE)
+        os.dup2(target, stream.fileno())
+    start()
     sys.argv = ["weaver", *arguments]
     main()
+
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def run_weaver(
+    *arguments: str | Path, prepare: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end, as ``fork_weaver`` starts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = fork_weaver(out, *arguments, errors=err, prepare=prepare)
+        code = finished(process)
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+
+
+def finished(process: multiprocessing.process.BaseProcess, seconds: float = 120) -> int:
+    """Exit code of a process at its end; one that does not end is killed, and the test fails."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"alive after {seconds} s")
+    return process.exitcode
